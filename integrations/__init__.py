@@ -1,0 +1,1 @@
+"""One folder per framework; none of them knows another, and none holds mathematics."""

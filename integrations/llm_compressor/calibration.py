@@ -1,0 +1,227 @@
+"""Collect token-weighted second moments while the host runs its calibration pass.
+
+Linears that receive the same tensor with the same weights (gate and up of an expert; q, k and v)
+share one :class:`Observation`. Experts see only the tokens routed to them: a token that is not
+routed has weight zero, so computing it, as the host does by default, changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from torch import nn
+
+from moeq_plugin.core.hessian import SecondMoments
+from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch, takes_attention_mask
+from moeq_plugin.models.moe import MoELayer, RoutingTrace
+
+_SAMPLE_TOKENS = 4096  # per MoE layer, for experts that saw too little
+
+RegisterHook = Callable[..., object]
+_SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a linear sits in a MoE layer.
+
+    Attributes:
+        layer: the layer.
+        expert: index of the routed expert, ``None`` for the shared expert.
+    """
+
+    layer: MoELayer
+    expert: int | None
+
+
+@dataclass
+class Observation:
+    """Second moments of one input and the linears that receive it.
+
+    Attributes:
+        moments: what was accumulated.
+        linears: the linears, in order of first call.
+        seat: where they sit, ``None`` outside MoE layers.
+        is_weighted: whether affinity weights apply (``weight_gate_proj`` can exempt one linear).
+    """
+
+    moments: SecondMoments
+    linears: list[nn.Linear]
+    seat: Seat | None
+    is_weighted: bool
+
+
+@dataclass
+class TokenSample:
+    """A uniform random sample of the tokens that enter a MoE layer, of bounded size.
+
+    Every token draws a number and the largest numbers stay, so that the sample does not depend
+    on how the tokens were split into batches any more than the draws do.
+    """
+
+    generator: torch.Generator
+    rows: torch.Tensor | None = None
+    draws: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Offer ``[tokens, hidden]`` rows to the sample."""
+        draws = torch.cat([self.draws, torch.rand(len(rows), generator=self.generator)])
+        rows = rows if self.rows is None else torch.cat([self.rows, rows])
+        if len(draws) > _SAMPLE_TOKENS:
+            draws, kept = draws.topk(_SAMPLE_TOKENS)
+            rows = rows[kept.to(rows.device)]
+        self.draws, self.rows = draws, rows
+
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """Second moments of the sample; read them once it is complete."""
+        assert self.rows is not None  # asked for only where a batch went by
+        moments = SecondMoments.zeros(self.rows.shape[-1], self.rows.device)
+        moments.add(self.rows)
+        return moments
+
+
+class Calibration:
+    """Hooks that turn a forward pass into :class:`Observation` objects.
+
+    Args:
+        affinity_power: power of the router's combine weight that weights a token.
+        weight_gate_proj: whether gate projections are weighted too.
+        seed: seed of the token samples.
+    """
+
+    def __init__(self, *, affinity_power: float, weight_gate_proj: bool, seed: int) -> None:
+        self.affinity_power = affinity_power
+        self.weight_gate_proj = weight_gate_proj
+        self.observations: dict[nn.Linear, Observation] = {}
+        self.samples: dict[nn.Module, TokenSample] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._padding = PaddingWatch()
+        self._seats: dict[nn.Module, Seat] = {}
+        self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._shared_weights: dict[nn.Module, torch.Tensor | None] = {}
+        self._recent: dict[_SharedInput, tuple[weakref.ref[torch.Tensor], nn.Linear]] = {}
+        self._leaders: dict[nn.Linear, nn.Linear] = {}
+        self._parents: dict[nn.Module, nn.Module] = {}
+
+    def attach(
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        linears: list[nn.Linear],
+        register_hook: RegisterHook,
+    ) -> None:
+        """Register all hooks.
+
+        Args:
+            model: the model that will run.
+            layers: its MoE layers.
+            linears: the linears to observe.
+            register_hook: the host's ``Modifier.register_hook``.
+        """
+        self._parents = {child: parent for parent in model.modules() for child in parent.children()}
+        for module in model.modules():
+            if module is not model and takes_attention_mask(module):
+                register_hook(module, self._padding.read, "forward_pre", with_kwargs=True)
+        for layer in layers:
+            self._take_seats(layer)
+            register_hook(layer.experts, self._open_experts, "forward_pre")
+            if layer.shared_expert is not None:
+                register_hook(layer.shared_expert, self._open_shared_expert, "forward_pre")
+        for linear in linears:
+            register_hook(linear, self._observe, "forward")
+
+    def clear_layer(self) -> None:
+        """Drop what belongs to the layer that has just been compressed."""
+        self.observations.clear()
+        self.samples.clear()
+        self._dispatch.clear()
+        self._shared_weights.clear()
+        self._recent.clear()
+        self._leaders.clear()
+
+    def _take_seats(self, layer: MoELayer) -> None:
+        for index in range(layer.num_experts):
+            for module in layer.expert(index).modules():
+                self._seats[module] = Seat(layer, index)
+        for module in layer.shared_expert.modules() if layer.shared_expert else ():
+            self._seats[module] = Seat(layer, None)
+
+    def _open_experts(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hidden_states, top_k_index, top_k_weights = args[:3]
+        seat = self._seats[experts[0]]  # type: ignore[index]
+        trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
+        self._dispatch[experts] = trace.dispatch()
+        sample = self.samples.setdefault(experts, TokenSample(self._generator))
+        keep = self._padding.keep(len(hidden_states))
+        sample.add(hidden_states if keep is None else hidden_states[keep])
+
+    def _open_shared_expert(self, shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hidden_states = args[0].flatten(0, -2)
+        self._shared_weights[shared] = self._seats[shared].layer.shared_weights(hidden_states)
+
+    def _observe(
+        self, linear: nn.Linear, args: tuple[torch.Tensor, ...], _output: torch.Tensor
+    ) -> None:
+        inputs = args[0]
+        weighted = self.weight_gate_proj or not self._is_gate_proj(linear)
+        leader = self._leader(linear, inputs, weighted)
+        if leader is not linear:
+            return
+        seat = self._seats.get(linear)
+        if linear not in self.observations:
+            moments = SecondMoments.zeros(inputs.shape[-1], inputs.device)
+            self.observations[linear] = Observation(moments, [linear], seat, weighted)
+        rows, weights = self._weigh(inputs.flatten(0, -2), seat)
+        if weights is not None:
+            power = self.affinity_power if weighted else 0.0
+            weights = weights.float().abs().pow(power)
+        self.observations[linear].moments.add(rows, weights)
+
+    def _leader(self, linear: nn.Linear, inputs: torch.Tensor, weighted: bool) -> nn.Linear:
+        """Return the sibling that has already seen this very tensor, or the linear itself."""
+        key = (self._parents.get(linear), weighted)
+        recent = self._recent.get(key)
+        if recent is not None and recent[0]() is inputs:
+            leader = recent[1]
+        else:
+            leader = linear
+            self._recent[key] = (weakref.ref(inputs), linear)
+        if linear not in self._leaders and leader is not linear:
+            self.observations[leader].linears.append(linear)
+        if self._leaders.setdefault(linear, leader) is not leader:
+            raise RuntimeError(
+                f"{linear} shared its input with a sibling in one batch and not in another: its "
+                "second moments would be incomplete. Please report this architecture."
+            )
+        return leader
+
+    def _is_gate_proj(self, linear: nn.Linear) -> bool:
+        parent = self._parents.get(linear)
+        return linear in self._seats and getattr(parent, "gate_proj", None) is linear
+
+    def _weigh(
+        self, inputs: torch.Tensor, seat: Seat | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the rows that count and their combine weights, padding removed."""
+        if seat is not None and seat.expert is not None:
+            tokens, weights = self._dispatch[seat.layer.experts][seat.expert]
+            if get_calibrate_all_experts_flag():
+                inputs = inputs[tokens]
+            keep = self._padding.mask
+            if keep is None:
+                return inputs, weights
+            keep = keep[tokens]
+            return inputs[keep], weights[keep]
+        weights = None
+        if seat is not None and seat.layer.shared_expert is not None:
+            weights = self._shared_weights[seat.layer.shared_expert]
+        keep = self._padding.keep(len(inputs))
+        if keep is None:
+            return inputs, weights
+        return inputs[keep], None if weights is None else weights[keep]

@@ -1,0 +1,285 @@
+"""MoEQuantModifier: GPTQ for Mixture-of-Experts models that damages no expert."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading
+from compressed_tensors.offload.dist_utils import is_distributed
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.utils import match_named_modules, patch_attr
+from llmcompressor.core import Event, State
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization.calibration import observe
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import distributed, nn
+
+from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor.calibration import Calibration, Observation
+from moeq_plugin.integrations.llm_compressor.compression import (
+    Job,
+    compress,
+    describe,
+    grid_of,
+    guard,
+    stacks,
+)
+from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
+
+_PACKAGES = ("moeq-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
+
+
+class MoEQuantModifier(GPTQModifier):
+    """Quantize a model with GPTQ whose second moments are weighted by the router.
+
+    For routed expert ``e`` the Hessian is ``H_e = 2 sum_t c_te^p x_t x_t^T`` over the tokens
+    routed to it, with ``c_te`` the combine weight that the model multiplies the expert's output
+    with and ``p`` the ``affinity_power`` (AGQ, arXiv:2505.03804, Eq. 18-19). A shared expert
+    behind a sigmoid gate is weighted by its gate; attention, dense layers and ungated shared
+    experts get plain GPTQ. All scheme arguments are those of the host's ``GPTQModifier``.
+
+    Where we differ from the paper and its released code: weights are gathered with the indices
+    that dispatch the tokens; padding has weight zero; an expert that saw too little borrows the
+    second moments of its layer instead of losing its weights; routers and shared-expert gates
+    stay in 16 bit unless they are targeted by name.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        MoEQuantModifier:
+          scheme: W4A16
+    ```
+
+    Lifecycle:
+
+    - on_initialize: check everything that can be checked, attach schemes, prepare saving
+    - on_calibration_start: hooks that accumulate second moments of routed tokens
+    - on_sequential_epoch_end: guard, solve and write one layer
+    - on_calibration_end: round what was never called, remove hooks
+    - on_finalize: one line that says whether every linear was quantized as asked
+
+    Args:
+        affinity_power: power of the combine weight: 1 as in the paper, 0 for plain routed GPTQ, 2
+            for the exact squared error of the block's output.
+        min_effective_tokens: an expert's linear with fewer effective tokens, ``(sum a)^2 /
+            sum a^2``, borrows second moments from its layer. ``None`` means its number of input
+            features: fewer tokens cannot give its second moments full rank.
+        shrinkage: 1 fills up to the threshold, 0 borrows only when there is no token at all.
+        weight_gate_proj: weight gate projections too. The paper's tables do; the argument that
+            moves the weight inside is exact for up and down but approximate through the gate's
+            nonlinearity (Eq. 17).
+        seed: of the sample of layer tokens that starved experts borrow from.
+    """
+
+    affinity_power: float = Field(default=1.0, ge=0)
+    min_effective_tokens: float | None = Field(default=None, ge=0)
+    shrinkage: float = Field(default=1.0, ge=0)
+    weight_gate_proj: bool = True
+    seed: int = 0
+
+    _layers: list[MoELayer] = PrivateAttr(default_factory=list)
+    _calibration: Calibration | None = PrivateAttr(default=None)
+    _record: RunRecord | None = PrivateAttr(default=None)
+    _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _contexts: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
+
+    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+        """Return plain data: the host writes ``recipe.yaml`` from it and could not read enums."""
+        kwargs.setdefault("mode", "json")
+        return super().model_dump(**kwargs)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the request against model and data, attach schemes and prepare saving.
+
+        Raises:
+            ValueError: if the request cannot succeed; nothing has been changed then.
+        """
+        model = state.model
+        _check_data(state.data.calib)
+        preflight.check_output_dir()
+        preflight.check_targets(model, self.resolved_targets)
+        self._layers = find_moe_layers(model)
+        if not self._layers:
+            logger.info("no MoE layers found: every linear gets plain GPTQ")
+        kept = preflight.kept_by_default(model, self._layers, self.resolved_targets)
+        self._ignore_also([name for name in kept if name not in self.ignore])
+        targeted = match_named_modules(model, self.resolved_targets, self.ignore)
+        preflight.check_not_quantized({module: name for name, module in targeted})
+        super().on_initialize(state, **kwargs)
+        self._pending = {
+            module: name for module, name in self._module_names.items() if _weight_args(module)
+        }
+        self._record = RunRecord(
+            modifier=type(self).__name__,
+            settings=self.model_dump(exclude={"index", "group", "start", "end", "update"}),
+            versions={package: version(package) for package in _PACKAGES},
+            kept=kept,
+        )
+        prepare_saving(model, self._layers, self._record)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Register the hooks that accumulate second moments."""
+        self.start_calibration(state.model)
+        self._calibration = Calibration(
+            affinity_power=self.affinity_power,
+            weight_gate_proj=self.weight_gate_proj,
+            seed=self.seed,
+        )
+        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
+        self._calibration.attach(state.model, self._layers, linears, self.register_hook)
+        if not any(_observes_activations(module) for module in self._pending):
+            # a token that is not routed has weight zero: do not compute what will not count
+            self._contexts.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
+
+    def compress_modules(self) -> None:
+        """Quantize every linear observed since the last layer; called once per layer."""
+        calibration = self._calibration
+        assert calibration is not None  # the host calls on_calibration_start first
+        observations = list(calibration.observations.values())
+        if is_distributed():
+            _sum_over_ranks(observations, calibration)
+        self._check_finite(observations)
+        with torch.no_grad(), disable_offloading():
+            jobs = [job for observation in observations for job in self._jobs(observation)]
+            calibration.clear_layer()
+            for stack in stacks(jobs, self._max_stack()):
+                self._compress_stack(stack)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Round to nearest what no batch has called, then remove hooks and observers."""
+        with disable_offloading():
+            for module in list(self._pending):
+                observe(module, base_name="weight")
+                columns = module.weight.shape[1]
+                nothing = torch.zeros(columns, columns, device=module.weight.device)
+                self._compress_stack(
+                    [Job([module], _weight_args(module), nothing, Basis.NONE, 0.0)]
+                )
+        self._contexts.close()
+        super().on_calibration_end(state, event, **kwargs)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Say in one line whether every linear was quantized as asked."""
+        record = self._record
+        assert record is not None  # set in on_initialize
+        level = "WARNING" if record.count(Basis.NONE) or self._pending else "INFO"
+        logger.log(level, record.summary(len(record.linears) + len(self._pending)))
+        self._calibration = None
+        self._layers = []
+        return super().on_finalize(state, **kwargs)
+
+    def _ignore_also(self, names: list[str]) -> None:
+        self.ignore = [*self.ignore, *names]
+        self._resolved_config = None  # resolved once from `ignore`, which has just changed
+
+    def _jobs(self, observation: Observation) -> Iterator[Job]:
+        """Guard an observation's second moments; one job per weight scheme among its linears."""
+        assert self._calibration is not None
+        hessian, basis = guard(
+            observation,
+            self._calibration,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
+        by_scheme: dict[str, list[nn.Linear]] = {}
+        for linear in observation.linears:
+            by_scheme.setdefault(_weight_args(linear).model_dump_json(), []).append(linear)
+        for linears in by_scheme.values():
+            args = _weight_args(linears[0])
+            yield Job(linears, args, hessian, basis, observation.moments.effective_tokens)
+
+    def _compress_stack(self, stack: list[Job]) -> None:
+        grid = grid_of(stack[0].args)
+        if grid is None:
+            self._compress_with_host(stack)
+            return
+        losses = compress(
+            stack, block_size=self.block_size, dampening_frac=self.dampening_frac or 0.0
+        )
+        for job, of_job in zip(stack, losses, strict=True):
+            for linear, loss in of_job.items():
+                self._note(linear, job, Basis.NONE if loss is None else job.basis, loss)
+
+    def _compress_with_host(self, stack: list[Job]) -> None:
+        """Let the host's solver round to grids that ours does not know (float types, blocks)."""
+        for job in stack:
+            for linear in job.linears:
+                self._hessians[linear] = job.hessian.clone()
+                self._num_samples[linear] = torch.ones((), device=job.hessian.device)
+                self.compress_module_list([linear])
+                self._note(linear, job, job.basis, None)
+
+    def _note(self, linear: nn.Module, job: Job, basis: Basis, loss: float | None) -> None:
+        assert self._record is not None
+        self._record.linears.append(
+            LinearRecord(
+                name=self._pending.pop(linear),
+                scheme=describe(job.args),
+                basis=basis,
+                effective_tokens=job.effective_tokens,
+                loss=loss,
+            )
+        )
+
+    def _check_finite(self, observations: list[Observation]) -> None:
+        for observation in observations:
+            if not observation.moments.hessian.diagonal().isfinite().all():
+                names = [self._module_names[linear] for linear in observation.linears]
+                raise ValueError(
+                    f"the inputs of {', '.join(names)} contain NaN or infinity, the first linears "
+                    "in order of execution where that happens. Nothing was saved. Check the model "
+                    "in this dtype on this data; layers before this one are sound."
+                )
+
+    def _max_stack(self) -> int | None:
+        """Translate the host's ``batched_quantization``; "auto" means what memory allows."""
+        if self.batched_quantization == "auto":
+            return None
+        return self.batched_quantization or 1
+
+
+def _check_data(calib: Any) -> None:
+    if calib is None:
+        raise ValueError(
+            "MoEQuantModifier needs calibration data: pass dataset=... to oneshot (a datasets."
+            "Dataset with `input_ids` or `text`, a DataLoader, or the name of a data set)"
+        )
+    if len(calib) == 0:
+        raise ValueError("the calibration data set is empty; expected at least one sequence")
+
+
+def _weight_args(module: nn.Module) -> QuantizationArgs | None:
+    scheme = getattr(module, "quantization_scheme", None)
+    return scheme.weights if scheme is not None else None
+
+
+def _observes_activations(module: nn.Module) -> bool:
+    """Tell whether a scheme needs statistics of all tokens, as static activation scales do."""
+    scheme = module.quantization_scheme
+    return any(
+        args is not None and args.dynamic is not True
+        for args in (scheme.input_activations, scheme.output_activations)
+    )
+
+
+def _sum_over_ranks(observations: list[Observation], calibration: Calibration) -> None:
+    """Give every rank the second moments of all ranks; each then solves the same problems."""
+    for observation in observations:
+        moments = observation.moments
+        for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):
+            distributed.all_reduce(tensor)
+    for sample in calibration.samples.values():
+        moments = sample.moments
+        for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):
+            distributed.all_reduce(tensor)

@@ -1,0 +1,149 @@
+"""Everything that can be known to be wrong before hours of calibration are spent on it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.entrypoints.oneshot import Oneshot
+from torch import nn
+
+from moeq_plugin.models.moe import MoELayer
+
+_DONE = (QuantizationStatus.FROZEN, QuantizationStatus.COMPRESSED)
+
+
+def kept_by_default(
+    model: nn.Module, layers: list[MoELayer], targets: Iterable[str]
+) -> dict[str, str]:
+    """Return the names of modules that stay in 16 bit unless targeted by name, with the reason.
+
+    Routers and shared-expert gates are tiny and decide which expert runs; the output embedding is
+    where servers expect 16 bits. A target that is a class name, such as ``Linear``, does not
+    count as targeting them.
+
+    Args:
+        model: the model.
+        layers: its MoE layers.
+        targets: the targets of the recipe.
+    """
+    reasons: dict[nn.Module, str] = {}
+    for layer in layers:
+        for module, reason in ((layer.router, "router"), (layer.shared_gate, "shared-expert gate")):
+            if module is not None:
+                reasons.update(dict.fromkeys(module.modules(), reason))
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        reasons[output] = "output embedding"
+    classes = {type(module).__name__ for module in model.modules()}
+    by_name = [target for target in targets if target not in classes]
+    asked_for = {module for _, module in match_named_modules(model, by_name)}
+    return {
+        name: reasons[module]
+        for name, module in match_named_modules(model, targets)
+        if module in reasons and module not in asked_for
+    }
+
+
+def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse targets that match no module.
+
+    Raises:
+        ValueError: listing every such target with the nearest module and class names.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    lines = []
+    for target in sorted(targets):
+        if next(match_named_modules(model, [target]), None) is None:
+            near = difflib.get_close_matches(target.removeprefix("re:"), names + classes, n=3)
+            lines.append(f"  - {target!r}" + (f", did you mean {near}?" if near else ""))
+    if lines:
+        raise ValueError(
+            "These targets match no module of the model; a target is a module name, a class name "
+            "or 're:' and a regular expression:\n" + "\n".join(lines)
+        )
+
+
+def check_not_quantized(linears: dict[nn.Module, str]) -> None:
+    """Refuse modules that hold quantized weights already.
+
+    Args:
+        linears: the targeted modules and their names.
+
+    Raises:
+        ValueError: listing the first ten of them.
+    """
+    done = [
+        name
+        for module, name in linears.items()
+        if getattr(module, "quantization_status", None) in _DONE
+        or "weight_packed" in module._parameters
+    ]
+    if done:
+        raise ValueError(
+            f"{len(done)} of {len(linears)} targeted modules are quantized already, quantizing "
+            f"them again would add error to error: {', '.join(done[:10])}. Load the 16-bit "
+            "checkpoint, or put these modules into `ignore`."
+        )
+
+
+def check_group_sizes(schemes: dict[str, tuple[int, int]]) -> None:
+    """Refuse group sizes that do not divide a weight's input columns.
+
+    Args:
+        schemes: for each module name its number of input columns and its group size.
+
+    Raises:
+        ValueError: listing every offender.
+    """
+    wrong = {name: pair for name, pair in schemes.items() if pair[0] % pair[1]}
+    if not wrong:
+        return
+    common = [size for size in (128, 64, 32, 16) if not any(c % size for c, _ in schemes.values())]
+    advice = f"use group_size {common[0]}" if common else "use channel-wise weights"
+    lines = [f"  - {name}: {c} input columns, group_size {g}" for name, (c, g) in wrong.items()]
+    raise ValueError(
+        f"group_size must divide the input columns of every weight; {advice}, or put the modules "
+        "into `ignore`:\n" + "\n".join(lines)
+    )
+
+
+def check_output_dir() -> None:
+    """Refuse an output directory that holds files or cannot be written.
+
+    The host tells nobody where it will save, so the running ``Oneshot`` is looked up in the call
+    stack: an error after hours of calibration would be worse than this look.
+
+    Raises:
+        ValueError: if the directory is not empty, not a directory or not writable.
+    """
+    output_dir = _running_output_dir()
+    if output_dir is None:
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir {output_dir} is not empty; nothing was written. Choose a new directory, "
+            "or empty this one if nothing in it is needed."
+        )
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir {output_dir} cannot be written ({existing} is not a writable directory); "
+            "nothing was calibrated yet."
+        )
+
+
+def _running_output_dir() -> Path | None:
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        running = frame.f_locals.get("self")
+        if isinstance(running, Oneshot):
+            return Path(running.output_dir).resolve() if running.output_dir else None
+    return None

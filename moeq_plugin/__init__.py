@@ -1,0 +1,24 @@
+"""Quantize Mixture-of-Experts models with llm-compressor without damaging an expert.
+
+The public names load on first use, so that ``import moeq_plugin`` imports no framework. Importing
+a modifier registers it with llm-compressor's recipe factory.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {"MoEQuantModifier": "moeq_plugin.integrations.llm_compressor"}
+
+__all__ = ["MoEQuantModifier", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Where things are in a model: experts, routers, gates. Tensors out, no framework in."""

@@ -1,0 +1,1 @@
+"""What was done and measured, in files that outlive the run."""

@@ -1,0 +1,111 @@
+"""The record of a run, ``moeq_run.json``: every linear, what its second moments rest on, its loss.
+
+Standard library only. A reader checks ``schema_version``: it rises when a field changes meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE_NAME = "moeq_run.json"
+
+
+class Basis(StrEnum):
+    """What the second moments of a linear rest on."""
+
+    OWN = "own"  # its own tokens
+    SHRUNK = "shrunk"  # too few tokens of its own: mixed with those of the whole layer
+    LAYER = "layer"  # no token of its own: those of the whole layer
+    NONE = "none"  # nothing usable: weights rounded to nearest
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What happened to one linear.
+
+    Attributes:
+        name: module name.
+        scheme: bits, symmetry and group size, such as ``W4 symmetric group 128``.
+        basis: what its second moments rest on.
+        effective_tokens: ``(sum a)^2 / sum a^2`` of the tokens' weights.
+        loss: mean over its tokens, by weight, of the squared change of the output vector, as far
+            as the second moments see it; ``None`` after rounding to nearest.
+    """
+
+    name: str
+    scheme: str
+    basis: Basis
+    effective_tokens: float
+    loss: float | None
+
+
+@dataclass
+class RunRecord:
+    """Everything that one modifier did.
+
+    Attributes:
+        modifier: class name.
+        settings: its arguments as given and resolved.
+        versions: of the libraries that took part.
+        linears: one record per targeted linear.
+        limits: what a reader of the checkpoint has to know, one sentence each.
+        kept: targeted modules left in 16 bit, with the reason.
+    """
+
+    modifier: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    linears: list[LinearRecord] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def count(self, basis: Basis) -> int:
+        """Return how many linears rest on ``basis``."""
+        return sum(record.basis is basis for record in self.linears)
+
+    def summary(self, num_targets: int) -> str:
+        """Return the one line that says whether the run was healthy.
+
+        Args:
+            num_targets: how many linears were to be quantized.
+        """
+        worst = min(self.linears, key=lambda record: record.effective_tokens, default=None)
+        tail = f"; fewest effective tokens {worst.effective_tokens:.1f} ({worst.name})"
+        return (
+            f"quantized {len(self.linears)} of {num_targets} linears, "
+            f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
+            f"{self.count(Basis.LAYER)} on the layer's alone, "
+            f"{self.count(Basis.NONE)} rounded to nearest" + (tail if worst else "")
+        )
+
+    def save(self, directory: Path) -> Path:
+        """Write the record into ``directory`` and return the file's path."""
+        path = directory / FILE_NAME
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> RunRecord:
+        """Read the record that :meth:`save` wrote.
+
+        Raises:
+            ValueError: if another schema version wrote it.
+        """
+        path = directory / FILE_NAME
+        content = json.loads(path.read_text())
+        version = content.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}"
+            )
+        content["linears"] = [
+            LinearRecord(**{**entry, "basis": Basis(entry["basis"])})
+            for entry in content["linears"]
+        ]
+        return cls(**content)
