@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
 from moeq_plugin.core.gptq import Solution, solve
@@ -24,7 +25,8 @@ from moeq_plugin.integrations.llm_compressor.calibration import (
 )
 from moeq_plugin.report.record import Basis
 
-_STACK_BYTES = 1 << 30  # weights and Hessians of the experts that are solved together
+_CPU_STACK_BYTES = 1 << 26  # larger stacks leave the caches and are no faster
+_ACCELERATOR_SHARE = 0.25  # of the free memory
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Job:
         linears: the linears; their rows are stacked.
         args: their weight scheme.
         hessian: ``[in, in]``.
+        weight_sum: what to divide the loss by for a mean over tokens.
         basis: what the second moments rest on.
         effective_tokens: of the linears' own tokens.
     """
@@ -42,6 +45,7 @@ class Job:
     linears: list[nn.Linear]
     args: QuantizationArgs
     hessian: torch.Tensor
+    weight_sum: float
     basis: Basis
     effective_tokens: float
 
@@ -68,8 +72,8 @@ def guard(
     *,
     min_effective_tokens: float | None,
     shrinkage: float,
-) -> tuple[torch.Tensor, Basis]:
-    """Return a Hessian that does not starve the expert, and what it rests on.
+) -> tuple[torch.Tensor, float, Basis]:
+    """Return a Hessian that does not starve the expert, its sum of weights and what it rests on.
 
     Args:
         observation: what the expert's own tokens gave.
@@ -81,18 +85,16 @@ def guard(
     moments, seat = observation.moments, observation.seat
     threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
     effective = moments.effective_tokens
-    is_expert = seat is not None and seat.expert is not None
-    if not is_expert or effective >= threshold:
-        return moments.mean(), Basis.OWN if effective > 0 else Basis.NONE
-    assert seat is not None and seat.expert is not None  # is_expert says so
-    sample = calibration.samples.get(seat.layer.experts)
-    if sample is None or sample.rows is None or not len(sample.rows):
-        return moments.mean(), Basis.OWN if effective > 0 else Basis.NONE
+    is_fed = effective >= threshold or (effective > 0 and shrinkage == 0)
+    if seat is None or seat.expert is None or is_fed:
+        basis = Basis.OWN if effective > 0 else Basis.NONE
+        return moments.hessian, moments.weight_sum.item(), basis
+    sample = calibration.samples[seat.layer.experts]
     of_layer = layer_moments(observation, seat.layer.expert(seat.expert), sample)
     hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
-    if effective == 0:
-        return hessian, Basis.LAYER
-    return hessian, Basis.SHRUNK if shrinkage > 0 else Basis.OWN
+    if of_layer.effective_tokens == 0:
+        return hessian, 1.0, Basis.NONE
+    return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
 
 
 @torch.no_grad()
@@ -109,7 +111,8 @@ def layer_moments(
     inputs: list[torch.Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
-        expert(sample.rows)
+        with HooksMixin.disable_hooks():  # these tokens are borrowed, nobody else observes them
+            expert(sample.rows)
     finally:
         handle.remove()
     moments = SecondMoments.zeros(inputs[0].shape[-1], inputs[0].device)
@@ -117,29 +120,37 @@ def layer_moments(
     return moments
 
 
-def stacks(jobs: list[Job], max_jobs: int | None) -> Iterator[list[Job]]:
+def stacks(jobs: Iterable[Job], max_jobs: int | None) -> Iterator[list[Job]]:
     """Group jobs of one shape and scheme, within a bound on memory.
 
     Args:
-        jobs: all jobs of a layer.
+        jobs: all jobs of a layer. Each is let go of once its stack has been consumed.
         max_jobs: largest stack, ``None`` for what fits the bound.
     """
     alike: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
         weights = [linear.weight for linear in job.linears]
-        key = (
-            *(tuple(weight.shape) for weight in weights),
-            weights[0].dtype,
-            job.hessian.device,
-            job.args.model_dump_json(),
-        )
-        alike.setdefault(key, []).append(job)
+        shapes = [tuple(weight.shape) for weight in weights]
+        scheme = job.args.model_dump_json()
+        alike.setdefault((*shapes, weights[0].dtype, job.hessian.device, scheme), []).append(job)
     for members in alike.values():
         columns = members[0].linears[0].weight.shape[1]
         rows = sum(len(linear.weight) for linear in members[0].linears)
-        fitting = max(1, _STACK_BYTES // (4 * columns * (4 * rows + 4 * columns)))
+        # float32: the Hessian's factor and its inverse; weights as given, in work and rounded
+        job_bytes = 4 * columns * (2 * columns + 4 * rows)
+        fitting = max(1, _stack_bytes(members[0].hessian.device) // job_bytes)
         size = min(fitting, max_jobs or fitting)
-        yield from (members[start : start + size] for start in range(0, len(members), size))
+        while members:
+            stack = members[:size]
+            del members[:size]
+            yield stack
+
+
+def _stack_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_STACK_BYTES
+    free, _total = torch.accelerator.get_memory_info(device)
+    return int(free * _ACCELERATOR_SHARE)
 
 
 @torch.no_grad()
@@ -166,7 +177,7 @@ def compress(
     weight = torch.stack([torch.cat([linear.weight for linear in job.linears]) for job in stack])
     solution = solve(
         weight,
-        torch.stack([job.hessian for job in stack]),
+        [job.hessian for job in stack],
         scale,
         zero_point,
         grid,
@@ -193,6 +204,7 @@ def _write(
         update_offload_parameter(
             linear, "weight_zero_point", zero_point[rows].to(job.args.zp_dtype)
         )
-        failed = bool(solution.is_nearest[index])
-        losses[linear] = None if failed else solution.loss[index, rows].sum().item()
+        is_nearest = job.basis is Basis.NONE or bool(solution.is_nearest[index])
+        loss = solution.loss[index, rows].sum().item()
+        losses[linear] = None if is_nearest else loss / job.weight_sum
     return losses

@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr
 from torch import distributed, nn
 
 from moeq_plugin.integrations.llm_compressor import preflight
-from moeq_plugin.integrations.llm_compressor.calibration import Calibration, Observation
+from moeq_plugin.integrations.llm_compressor.calibration import Calibration
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
     compress,
@@ -146,15 +146,13 @@ class MoEQuantModifier(GPTQModifier):
         """Quantize every linear observed since the last layer; called once per layer."""
         calibration = self._calibration
         assert calibration is not None  # the host calls on_calibration_start first
-        observations = list(calibration.observations.values())
         if is_distributed():
-            _sum_over_ranks(observations, calibration)
-        self._check_finite(observations)
+            _sum_over_ranks(calibration)
+        self._check_finite(calibration)
         with torch.no_grad(), disable_offloading():
-            jobs = [job for observation in observations for job in self._jobs(observation)]
-            calibration.clear_layer()
-            for stack in stacks(jobs, self._max_stack()):
+            for stack in stacks(self._jobs(calibration), self._max_stack()):
                 self._compress_stack(stack)
+        calibration.clear_layer()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round to nearest what no batch has called, then remove hooks and observers."""
@@ -163,9 +161,8 @@ class MoEQuantModifier(GPTQModifier):
                 observe(module, base_name="weight")
                 columns = module.weight.shape[1]
                 nothing = torch.zeros(columns, columns, device=module.weight.device)
-                self._compress_stack(
-                    [Job([module], _weight_args(module), nothing, Basis.NONE, 0.0)]
-                )
+                job = Job([module], _weight_args(module), nothing, 1.0, Basis.NONE, 0.0)
+                self._compress_stack([job])
         self._contexts.close()
         super().on_calibration_end(state, event, **kwargs)
 
@@ -183,21 +180,28 @@ class MoEQuantModifier(GPTQModifier):
         self.ignore = [*self.ignore, *names]
         self._resolved_config = None  # resolved once from `ignore`, which has just changed
 
-    def _jobs(self, observation: Observation) -> Iterator[Job]:
-        """Guard an observation's second moments; one job per weight scheme among its linears."""
-        assert self._calibration is not None
-        hessian, basis = guard(
-            observation,
-            self._calibration,
-            min_effective_tokens=self.min_effective_tokens,
-            shrinkage=self.shrinkage,
-        )
-        by_scheme: dict[str, list[nn.Linear]] = {}
-        for linear in observation.linears:
-            by_scheme.setdefault(_weight_args(linear).model_dump_json(), []).append(linear)
-        for linears in by_scheme.values():
-            args = _weight_args(linears[0])
-            yield Job(linears, args, hessian, basis, observation.moments.effective_tokens)
+    def _jobs(self, calibration: Calibration) -> Iterator[Job]:
+        """Guard and give away each observation; one job per weight scheme among its linears."""
+        while calibration.observations:
+            _, observation = calibration.observations.popitem()
+            hessian, weight_sum, basis = guard(
+                observation,
+                calibration,
+                min_effective_tokens=self.min_effective_tokens,
+                shrinkage=self.shrinkage,
+            )
+            by_scheme: dict[str, list[nn.Linear]] = {}
+            for linear in observation.linears:
+                by_scheme.setdefault(_weight_args(linear).model_dump_json(), []).append(linear)
+            for linears in by_scheme.values():
+                yield Job(
+                    linears=linears,
+                    args=_weight_args(linears[0]),
+                    hessian=hessian,
+                    weight_sum=weight_sum,
+                    basis=basis,
+                    effective_tokens=observation.moments.effective_tokens,
+                )
 
     def _compress_stack(self, stack: list[Job]) -> None:
         grid = grid_of(stack[0].args)
@@ -232,8 +236,8 @@ class MoEQuantModifier(GPTQModifier):
             )
         )
 
-    def _check_finite(self, observations: list[Observation]) -> None:
-        for observation in observations:
+    def _check_finite(self, calibration: Calibration) -> None:
+        for observation in calibration.observations.values():
             if not observation.moments.hessian.diagonal().isfinite().all():
                 names = [self._module_names[linear] for linear in observation.linears]
                 raise ValueError(
@@ -273,13 +277,13 @@ def _observes_activations(module: nn.Module) -> bool:
     )
 
 
-def _sum_over_ranks(observations: list[Observation], calibration: Calibration) -> None:
-    """Give every rank the second moments of all ranks; each then solves the same problems."""
-    for observation in observations:
+def _sum_over_ranks(calibration: Calibration) -> None:
+    """Give every rank the second moments and samples of all; each then solves the same problems."""
+    for observation in calibration.observations.values():
         moments = observation.moments
         for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):
             distributed.all_reduce(tensor)
     for sample in calibration.samples.values():
-        moments = sample.moments
-        for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):
-            distributed.all_reduce(tensor)
+        parts: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, sample.rows)
+        sample.rows = torch.cat([part.to(sample.rows.device) for part in parts])

@@ -1,20 +1,22 @@
 """GPTQ (arXiv:2210.17323) for a stack of weights of one shape, such as all experts of a layer.
 
-Columns are rounded one after the other; what a column loses is passed on to the columns that
-follow, along the rows of the upper Cholesky factor of the inverse Hessian. Same steps and
-same order as the paper's reference, with these differences:
+Columns are rounded one after the other; what a column loses is passed on to the columns that are
+still to come, along the rows of a triangular factor of the inverse Hessian. Same steps and same
+order as the paper's reference, with these differences:
 
 * All experts advance together, ``[experts, in, out]``: one column step is one batched operation.
-* The factor comes from one Cholesky of the Hessian with both axes flipped and one triangular
-  inverse, instead of Cholesky, inverse, Cholesky: fewer operations and smaller rounding errors.
+* Columns are stored last first and processed from the end. Then the factor is the inverse of the
+  Hessian's own Cholesky factor: one factorization and one triangular inverse instead of
+  Cholesky, inverse, Cholesky, with smaller rounding errors.
 * A dead input column (zero on the diagonal) keeps its weights, rounded to nearest. The reference
   sets them to zero, which silences a feature that the calibration data merely did not exercise.
-* A Hessian that resists ten times the damping, three times over, falls back to nearest rounding
-  and is reported.
+* A Hessian that resists a thousand times the damping falls back to rounding to nearest and is
+  reported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +45,7 @@ class Solution:
 
 def solve(
     weight: torch.Tensor,
-    hessian: torch.Tensor,
+    hessians: Sequence[torch.Tensor],
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     grid: Grid,
@@ -56,8 +58,8 @@ def solve(
 
     Args:
         weight: ``[experts, out, in]``, any float dtype; not modified.
-        hessian: ``[experts, in, in]`` second moments, overwritten. A positive factor per expert
-            changes nothing.
+        hessians: for each expert ``[in, in]`` second moments, as a list or a stack; zeros on the
+            diagonal are overwritten. A positive factor per expert changes nothing.
         scale: ``[experts, out, groups]``, positive.
         zero_point: ``[experts, out, groups]``.
         grid: the grid's description.
@@ -72,118 +74,113 @@ def solve(
     Raises:
         ValueError: if shapes disagree.
     """
-    _check_shapes(weight, hessian, scale)
-    num_columns = weight.shape[2]
-    group = grid.group_of_column(num_columns).to(weight.device).expand(weight.shape[0], -1)
-    hessian = _revive_dead_columns(hessian)
-    W = weight.float()
-    order = None
+    _check_shapes(weight, hessians, scale)
+    diagonal = torch.stack([_revive_dead_columns(hessian) for hessian in hessians])
     if actorder:
-        order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), dim=1, descending=True)
-        hessian = _permute(_permute(hessian, order, dim=1), order, dim=2)
-        W, group = _permute(W, order, dim=2), group.gather(1, order)
-    R, is_nearest = inverse_factor(hessian, dampening_frac)
-    W = W.transpose(1, 2).contiguous()  # [experts, in, out]: a column is a contiguous row
-    loss = _round_columns(W, R, scale, zero_point, group, grid, block_size)
-    W = W.transpose(1, 2)
-    if order is not None:
-        W = _permute(W, order.argsort(dim=1), dim=2)
-    return Solution(W.to(scale.dtype).contiguous(), loss, is_nearest)
+        order = diagonal.argsort(dim=1)  # ascending, since columns are processed from the end
+    else:
+        order = torch.arange(weight.shape[2] - 1, -1, -1, device=weight.device)
+        order = order.expand(len(weight), -1)
+    factor, is_nearest = inverse_factor(hessians, order, dampening_frac)
+    W = torch.stack([w.index_select(1, o).T for w, o in zip(weight, order, strict=True)]).float()
+    group = grid.group_of_column(weight.shape[2]).to(weight.device)[order]
+    loss = _round_columns(W, factor, scale, zero_point, group, grid, block_size)
+    result = torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)
+    for rounded, w, o in zip(result, W, order.argsort(dim=1), strict=True):
+        rounded.copy_(w.index_select(0, o).T)
+    return Solution(result, loss, is_nearest)
 
 
 def inverse_factor(
-    hessian: torch.Tensor, dampening_frac: float
+    hessians: Sequence[torch.Tensor], order: torch.Tensor, dampening_frac: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the upper triangular ``R`` with ``inverse(damped hessian) = R.T @ R``.
-
-    With ``J`` the flip of both axes and ``J H J = L L.T``, ``R = J inverse(L) J``.
+    """Return the lower triangular ``F`` with ``inverse(damped H[order, order]) = F.T @ F``.
 
     Args:
-        hessian: ``[experts, in, in]``, symmetric with a positive diagonal; overwritten.
+        hessians: for each expert ``[in, in]``, symmetric with a positive diagonal.
+        order: ``[experts, in]``, the order of rows and columns in the result.
         dampening_frac: fraction of the mean diagonal that is added to the diagonal.
 
     Returns:
         ``[experts, in, in]``, and ``[experts]`` bool that is true where no damping tried made the
         Hessian positive definite; the factor there is the identity, which rounds to nearest.
     """
-    flipped = hessian.flip(1, 2)
-    diagonal = flipped.diagonal(dim1=1, dim2=2)
-    damping = dampening_frac * diagonal.mean(1, keepdim=True)
-    diagonal += damping
-    L, info = torch.linalg.cholesky_ex(flipped)
+
+    def damped(e: int, attempt: int) -> torch.Tensor:
+        ordered = hessians[e].index_select(0, order[e]).index_select(1, order[e]).float()
+        diagonal = ordered.diagonal()
+        diagonal += dampening_frac * 10**attempt * diagonal.mean()
+        return ordered
+
+    L = torch.stack([damped(e, 0) for e in range(len(hessians))])
+    info = torch.empty(len(hessians), dtype=torch.int32, device=L.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
     for attempt in range(1, _DAMPING_ATTEMPTS):
-        failed = info.nonzero().flatten()
-        if not len(failed):
-            break
-        # the damping already there is raised to ten times the last one
-        diagonal[failed] += damping[failed] * (9 * 10 ** (attempt - 1))
-        L[failed], info[failed] = torch.linalg.cholesky_ex(flipped[failed])
+        for e in info.nonzero().flatten().tolist():
+            L[e], info[e] = torch.linalg.cholesky_ex(damped(e, attempt))
     is_nearest = info != 0
-    identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
     L[is_nearest] = identity
-    R = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-    return R.flip(1, 2), is_nearest
+    return torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), is_nearest
 
 
 def _round_columns(
     W: torch.Tensor,
-    R: torch.Tensor,
+    factor: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     group: torch.Tensor,
     grid: Grid,
     block_size: int,
 ) -> torch.Tensor:
-    """Replace the columns of ``W`` ``[experts, in, out]`` by grid points; return the losses."""
-    num_columns = W.shape[1]
+    """Replace the columns of ``W`` ``[experts, in, out]`` by grid points, last column first.
+
+    Returns:
+        ``[experts, out]`` losses.
+    """
     loss = W.new_zeros(W.shape[0], W.shape[2])
-    for start in range(0, num_columns, block_size):
-        end = min(start + block_size, num_columns)
+    for end in range(W.shape[1], 0, -block_size):
+        start = max(0, end - block_size)
         block = W[:, start:end]  # a view: rounding it in place is the result
         errors = torch.empty_like(block)
         columns = group[:, None, start:end].expand(-1, scale.shape[1], -1)
         scales = scale.gather(2, columns).transpose(1, 2).contiguous()  # [experts, block, out]
         zeros = zero_point.gather(2, columns).transpose(1, 2).to(W.dtype).contiguous()
-        factor = R[:, start:end, start:end]
-        diagonal = factor.diagonal(dim1=1, dim2=2)[..., None]
-        for i in range(end - start):
+        within = factor[:, start:end, start:end]
+        diagonal = within.diagonal(dim1=1, dim2=2)[..., None]
+        for i in range(end - start - 1, -1, -1):
             column = block[:, i]
             codes = nearest_code(column, scales[:, i], zeros[:, i], grid)
             rounded = point_of_code(codes, scales[:, i], zeros[:, i]).to(W.dtype)
             errors[:, i] = (column - rounded) / diagonal[:, i]
             block[:, i] = rounded
-            block[:, i + 1 :].baddbmm_(factor[:, i, i + 1 :, None], errors[:, i : i + 1], alpha=-1)
-        W[:, end:].baddbmm_(R[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+            # a rank-one update: as one broadcast it is faster than a product per expert
+            block[:, :i].addcmul_(within[:, i, :i, None], errors[:, i, None], value=-1)
+        W[:, :start].baddbmm_(factor[:, start:end, :start].transpose(1, 2), errors, alpha=-1)
         loss += errors.square().sum(1) / 2
     return loss
 
 
 def _revive_dead_columns(hessian: torch.Tensor) -> torch.Tensor:
-    """Give columns that saw only zeros the mean diagonal, so that they neither fail nor vanish."""
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    """Give columns that saw only zeros the mean diagonal, in place; return the diagonal."""
+    diagonal = hessian.diagonal()
     dead = diagonal <= 0
     if dead.any():
-        alive = (~dead).sum(1, keepdim=True).clamp(min=1)
-        mean = diagonal.clamp(min=0).sum(1, keepdim=True) / alive
-        stand_in = torch.where(mean > 0, mean, torch.ones_like(mean)).expand_as(diagonal)
-        diagonal[dead] = stand_in[dead]
-    return hessian
+        alive = diagonal[~dead]
+        diagonal[dead] = alive.mean() if len(alive) else 1.0
+    return diagonal
 
 
-def _permute(stack: torch.Tensor, order: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Reorder one axis of ``[experts, a, b]`` by each expert's own ``order``."""
-    index = order[:, None, :] if dim == 2 else order[:, :, None]
-    return stack.gather(dim, index.expand_as(stack))
-
-
-def _check_shapes(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> None:
+def _check_shapes(
+    weight: torch.Tensor, hessians: Sequence[torch.Tensor], scale: torch.Tensor
+) -> None:
     if weight.ndim != 3:
         raise ValueError(f"weight must be [experts, out, in], got {list(weight.shape)}")
     experts, rows, columns = weight.shape
-    if hessian.shape != (experts, columns, columns):
+    shapes = [list(hessian.shape) for hessian in hessians]
+    if shapes != [[columns, columns]] * experts:
         raise ValueError(
-            f"hessian must be [{experts}, {columns}, {columns}] to match the weight, "
-            f"got {list(hessian.shape)}"
+            f"expected {experts} hessians [{columns}, {columns}] to match the weight, got {shapes}"
         )
     if scale.shape[:2] != (experts, rows):
         raise ValueError(

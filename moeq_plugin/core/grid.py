@@ -123,12 +123,16 @@ def dequantize(
 def nearest_code(
     weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Round with one scale and zero point per element; codes come back in the weight's dtype."""
-    return (weight / scale + zero_point).round().clamp(grid.lowest, grid.highest)
+    """Round with one scale and zero point per element; codes come back as float32.
+
+    In float32 because a bfloat16 quotient cannot tell 8-bit codes apart.
+    """
+    codes = weight.float() / scale.float() + zero_point
+    return codes.round().clamp(grid.lowest, grid.highest)
 
 
 def point_of_code(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
     """Return the grid point of each code, in the scale's dtype, which is what a server computes."""
-    return (codes - zero_point).to(scale.dtype) * scale
+    return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
