@@ -32,13 +32,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 SEED, THREADS = 0, 1  # one thread adds floats in one order
 VOCABULARY, END = 2048, "<|endoftext|>"
-STEPS, WARMUP, BATCH_TOKENS, LEARNING_RATE = 4000, 100, 2048, 3e-3
+STEPS, WARMUP, BATCH_TOKENS, LEARNING_RATE = 3600, 100, 2048, 3e-3
 SEQUENCE, LONG_SEQUENCE, LONG_FROM = 256, 512, 0.8  # the last fifth sees longer context
-BALANCE = 0.002  # low: enough to keep every expert alive, too little to make them equal
-SAVE_EVERY = 1000  # an interrupted run leaves a usable model
+BALANCE = 0.008  # low: enough to keep every expert alive, too little to make them equal
+SAVE_EVERY = 600  # an interrupted run leaves a usable model
 HELD_OUT_PERCENT, EXCERPT, HELD_OUT_SIZE, CALIBRATION_SIZE = 4, 6_000, 148_000, 295_000
-SEPARATOR = "\x1e"
-SKIPPED = {"site-packages", "encodings", "pydoc_data", "_sysconfigdata", "config-"}
+SKIPPED = ("site-packages", "encodings", "pydoc_data", "_sysconfigdata", "config-")
 
 
 def digest(name):
@@ -60,11 +59,10 @@ def documents():
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         name = path.relative_to(root).as_posix()
-        if any(part.startswith(tuple(SKIPPED)) for part in name.split("/")):
-            continue
-        if name.startswith("test/") and digest(name) // 100 % 2:
-            continue  # half of the test suite, or it would be most of the text
-        found[name] = path.read_text(encoding="utf-8", errors="replace")
+        # Only half of the test suite, or it would be most of the text.
+        unwanted = name.startswith("test/") and digest(name) // 100 % 2
+        if not unwanted and not any(part.startswith(SKIPPED) for part in name.split("/")):
+            found[name] = path.read_text(encoding="utf-8", errors="replace")
     # A vocabulary of this size has no room for other scripts than English.
     english = {k: v for k, v in found.items() if sum(map(str.isascii, v)) >= 0.995 * len(v)}
     return dict(sorted(english.items(), key=lambda item: digest(item[0])))
@@ -72,26 +70,24 @@ def documents():
 
 def split(found):
     """Training and held-out documents; the hash of a document's name decides."""
-    held_out = {k: v for k, v in found.items() if digest(k) % 100 < HELD_OUT_PERCENT}
-    training = {k: v for k, v in found.items() if k not in held_out}
-    known = {line.strip() for text in training.values() for line in text.splitlines()}
+    training = [text for k, text in found.items() if digest(k) % 100 >= HELD_OUT_PERCENT]
+    held_out = [text for k, text in found.items() if digest(k) % 100 < HELD_OUT_PERCENT]
+    known = {line.strip() for text in training for line in text.splitlines()}
 
     def leaks(text):  # some topics quote others, some tests share their body
         lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 30]
         return sum(line in known for line in lines) > 0.2 * len(lines)
 
-    return list(training.values()), [text for text in held_out.values() if not leaks(text)]
+    return training, [text for text in held_out if not leaks(text)]
 
 
 def excerpts(texts, size):
     """The first lines of as many documents as fit into ``size`` bytes."""
-    chosen, used = [], 0
+    chosen = []
     for text in texts:
         piece = text if len(text) <= EXCERPT else text[: text.rindex("\n", 0, EXCERPT) + 1]
-        cost = len(piece.encode()) + 1
-        if len(piece) > 500 and used + cost <= size:
+        if len(piece) > 500 and len("\x1e".join([*chosen, piece]).encode()) < size:
             chosen.append(piece)
-            used += cost
     return chosen
 
 
@@ -129,33 +125,34 @@ def new_model(end):
 
 
 def expert_loads(router_logits, chosen=2):
-    """The share of the chosen slots that each expert got, of one layer."""
+    """The share of one layer's chosen slots that each expert got."""
     picks = router_logits.topk(chosen, dim=-1).indices
     return one_hot(picks, router_logits.shape[-1]).float().mean(dim=(0, 1))
 
 
-def balance_loss(router_logits):
-    """Switch Transformer's loss, 1 when a layer is balanced; summed per layer, not over layers."""
+def balance_loss(layers):
+    """Switch Transformer's loss, 1 where loads are equal; per layer, so that each one counts."""
     losses = [
         logits.shape[-1] * (expert_loads(logits) * logits.softmax(-1).mean(0)).sum()
-        for logits in router_logits
+        for logits in layers
     ]
     return sum(losses) / len(losses)
 
 
-def learning_rate(step, steps):
+def schedule(step, steps):
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.02 + 0.98 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))) / 2
 
 
 def train(model, stream, steps, save):
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: learning_rate(i, steps))
-    started, losses = time.time(), []
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, steps))
+    started, mean = time.time(), None
     for step in range(1, steps + 1):
         length = LONG_SEQUENCE if step > LONG_FROM * steps else SEQUENCE
         starts = torch.randint(len(stream) - length, (BATCH_TOKENS // length, 1))
@@ -166,15 +163,12 @@ def train(model, stream, steps, save):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
+        scheduler.step()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if step % 50 == 0 or step == steps:
-            seconds = time.time() - started
-            mean, speed = sum(losses[-50:]) / len(losses[-50:]), step * BATCH_TOKENS / seconds
-            left = (steps - step) * seconds / step / 60
-            print(
-                f"step {step}/{steps}  loss {mean:.3f}  {speed:.0f} tokens/s  {left:.1f} min left"
-            )
+            speed = step * BATCH_TOKENS / (time.time() - started)
+            left = (steps - step) * BATCH_TOKENS / speed / 60
+            print(f"step {step}/{steps} loss {mean:.3f} {speed:.0f} tokens/s {left:.1f} min left")
         if step % SAVE_EVERY == 0 or step == steps:
             save(model)
 
@@ -191,9 +185,8 @@ def evaluate(model, stream, training_stream):
         routers.append(torch.stack(output.router_logits))
     counts = torch.bincount(training_stream, minlength=VOCABULARY) + 1.0
     unigram = cross_entropy(counts.log().expand(stream.numel(), -1), stream).exp()
-    scored = windows.numel() - len(windows)
-    print(f"held-out perplexity {math.exp(loss / scored):.2f} of {scored} tokens", end=", ")
-    print(f"unigram {unigram:.1f}")
+    perplexity = math.exp(loss / (windows.numel() - len(windows)))
+    print(f"held-out perplexity {perplexity:.2f}, of a unigram model {unigram:.1f}")
     print("experts' share of the held-out slots, in percent")
     for layer, logits in enumerate(torch.cat(routers, dim=1)):
         loads = 100 * expert_loads(logits)
@@ -204,11 +197,9 @@ def evaluate(model, stream, training_stream):
 def save_model(model, tokenizer, folder):
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The name of the class that both transformers 4 and 5 know.
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(
-        settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
-    )
+    settings = folder / "tokenizer_config.json"  # transformers 4 and 5 both know the older name
+    text = settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    settings.write_text(text + "\n")
 
 
 def main():
@@ -221,23 +212,22 @@ def main():
     torch.set_num_threads(THREADS)
 
     training, held_out = split(documents())
-    calibration = excerpts(training, CALIBRATION_SIZE)
     held_out = excerpts(held_out, HELD_OUT_SIZE)
+    calibration = excerpts(training, CALIBRATION_SIZE)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, texts in (("calibration.txt", calibration), ("heldout.txt", held_out)):
-        (options.output / name).write_text(SEPARATOR.join(texts), encoding="utf-8", newline="\n")
+    for name, texts in (("heldout.txt", held_out), ("calibration.txt", calibration)):
+        (options.output / name).write_text("\x1e".join(texts), encoding="utf-8", newline="\n")
     tokenizer = train_tokenizer(training)
     stream, held_out_stream = (token_stream(tokenizer, texts) for texts in (training, held_out))
     print(f"{len(training)} documents, {len(stream)} tokens; {len(held_out)} held out")
 
     folder = options.output / "tiny_moe"
     model = new_model(tokenizer.eos_token_id)
-    print(f"{model.num_parameters()} parameters, {options.steps * BATCH_TOKENS} tokens to train on")
     train(model, stream, options.steps, lambda trained: save_model(trained, tokenizer, folder))
-    shipped = Qwen3MoeForCausalLM.from_pretrained(folder).eval()
-    evaluate(shipped, held_out_stream, stream)
+    saved = Qwen3MoeForCausalLM.from_pretrained(folder).eval()
+    evaluate(saved, held_out_stream, stream)
     prompt = tokenizer("def main(", return_tensors="pt")
-    print(tokenizer.decode(shipped.generate(**prompt, max_new_tokens=60, do_sample=False)[0]))
+    print(tokenizer.decode(saved.generate(**prompt, max_new_tokens=60, do_sample=False)[0]))
 
 
 if __name__ == "__main__":
