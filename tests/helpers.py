@@ -96,9 +96,7 @@ def int4(group_size: int | None = 32, *, symmetric: bool = True, num_bits: int =
     """Return ``config_groups`` for integer weights of all linears."""
     weights = {"num_bits": num_bits, "type": "int", "symmetric": symmetric}
     weights |= (
-        {"strategy": "group", "group_size": group_size}
-        if group_size
-        else {"strategy": "channel"}
+        {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
     )
     return {"group_0": {"targets": ["Linear"], "weights": weights}}
 

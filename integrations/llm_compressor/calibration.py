@@ -17,7 +17,7 @@ from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from torch import nn
 
 from moeq_plugin.core.hessian import SecondMoments
-from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch, takes_attention_mask
+from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
 _SAMPLE_TOKENS = 4096  # per MoE layer, for experts that saw too little
@@ -93,21 +93,25 @@ class Calibration:
         affinity_power: power of the router's combine weight that weights a token.
         weight_gate_proj: whether gate projections are weighted too.
         seed: seed of the token samples.
+        padding: knows which tokens do not count.
     """
 
-    def __init__(self, *, affinity_power: float, weight_gate_proj: bool, seed: int) -> None:
+    def __init__(
+        self, *, affinity_power: float, weight_gate_proj: bool, seed: int, padding: PaddingWatch
+    ) -> None:
         self.affinity_power = affinity_power
         self.weight_gate_proj = weight_gate_proj
         self.observations: dict[nn.Linear, Observation] = {}
         self.samples: dict[nn.Module, TokenSample] = {}
         self._generator = torch.Generator().manual_seed(seed)
-        self._padding = PaddingWatch()
+        self._padding = padding
         self._seats: dict[nn.Module, Seat] = {}
         self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._shared_weights: dict[nn.Module, torch.Tensor | None] = {}
         self._recent: dict[_SharedInput, tuple[weakref.ref[torch.Tensor], nn.Linear]] = {}
         self._leaders: dict[nn.Linear, nn.Linear] = {}
         self._parents: dict[nn.Module, nn.Module] = {}
+        self._num_tokens = 0  # of the batch that the running experts received
 
     def attach(
         self,
@@ -125,9 +129,7 @@ class Calibration:
             register_hook: the host's ``Modifier.register_hook``.
         """
         self._parents = {child: parent for parent in model.modules() for child in parent.children()}
-        for module in model.modules():
-            if module is not model and takes_attention_mask(module):
-                register_hook(module, self._padding.read, "forward_pre", with_kwargs=True)
+        register_hook(model, self._padding.read, "forward_pre", with_kwargs=True)
         for layer in layers:
             self._take_seats(layer)
             register_hook(layer.experts, self._open_experts, "forward_pre")
@@ -154,12 +156,14 @@ class Calibration:
 
     def _open_experts(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states, top_k_index, top_k_weights = args[:3]
+        hidden_states = hidden_states.flatten(0, -2)
+        self._num_tokens = len(hidden_states)
         seat = self._seats[experts[0]]  # type: ignore[index]
         trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
         self._dispatch[experts] = trace.dispatch()
         sample = self.samples.setdefault(experts, TokenSample(self._generator))
         keep = self._padding.keep(len(hidden_states))
-        sample.add(hidden_states if keep is None else hidden_states[keep])
+        sample.add(hidden_states if keep is None else hidden_states[keep.to(hidden_states.device)])
 
     def _open_shared_expert(self, shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states = args[0].flatten(0, -2)
@@ -213,10 +217,10 @@ class Calibration:
             tokens, weights = self._dispatch[seat.layer.experts][seat.expert]
             if get_calibrate_all_experts_flag():
                 inputs = inputs[tokens]
-            keep = self._padding.mask
+            keep = self._padding.keep(self._num_tokens)
             if keep is None:
                 return inputs, weights
-            keep = keep[tokens]
+            keep = keep.to(tokens.device)[tokens]
             return inputs[keep], weights[keep]
         weights = None
         if seat is not None and seat.layer.shared_expert is not None:
@@ -224,4 +228,5 @@ class Calibration:
         keep = self._padding.keep(len(inputs))
         if keep is None:
             return inputs, weights
+        keep = keep.to(inputs.device)
         return inputs[keep], None if weights is None else weights[keep]

@@ -30,6 +30,7 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     guard,
     stacks,
 )
+from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
@@ -131,10 +132,13 @@ class MoEQuantModifier(GPTQModifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Register the hooks that accumulate second moments."""
         self.start_calibration(state.model)
+        padding = PaddingWatch(state)
+        self._contexts.enter_context(padding.listen())
         self._calibration = Calibration(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,
             seed=self.seed,
+            padding=padding,
         )
         linears = [m for m in self._pending if isinstance(m, nn.Linear)]
         self._calibration.attach(state.model, self._layers, linears, self.register_hook)

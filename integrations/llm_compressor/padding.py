@@ -1,60 +1,75 @@
 """Which tokens of the running batch are padding.
 
-The host hands an ``attention_mask`` to decoder layers but not to modifiers, so it is read where
-it passes: as an argument of every module below the model that takes one.
+The host hands its batches to no modifier, and the masks that reach the layers cannot be relied
+on: traced with ``attn_implementation="sdpa"`` some models receive none at all (llm-compressor
+0.14). So the masks are noted where the host's sequential pipeline caches its batches, and read
+from the arguments where a pipeline calls the whole model.
 """
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import State
+from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from torch import nn
 
 
-def takes_attention_mask(module: nn.Module) -> bool:
-    """Tell whether a module's forward has an ``attention_mask`` argument."""
-    return "attention_mask" in inspect.signature(module.forward).parameters
-
-
-def token_mask(attention_mask: object) -> torch.Tensor | None:
-    """Return ``[batch * sequence]`` bool, false for padding; ``None`` if nothing is padded.
-
-    A two-dimensional mask says so itself. In a four-dimensional one, boolean or additive, a token
-    is real exactly if it may attend to itself: that holds for causal, sliding and chunked masks.
+class PaddingWatch:
+    """Knows the token mask of the batch that is running.
 
     Args:
-        attention_mask: what a decoder layer received.
+        state: the host's state, which counts batches.
     """
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
-        logger.bind(log_once=True).warning(
-            f"Cannot read padding from a {type(attention_mask).__name__} attention mask: all "
-            "tokens count as real. Use attn_implementation='sdpa' for padded calibration data."
-        )
-        return None
-    if attention_mask.ndim == 2:
-        return attention_mask.bool().flatten()
-    to_itself = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
-    allowed = to_itself if to_itself.dtype == torch.bool else to_itself == 0
-    return allowed.flatten()
 
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._cached: list[torch.Tensor | None] = []
+        self._direct: torch.Tensor | None = None
 
-class PaddingWatch:
-    """Remembers the token mask of the batch that is running."""
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Note the masks of every batch that the sequential pipeline caches meanwhile."""
+        original = IntermediatesCache.from_dataloader
 
-    def __init__(self) -> None:
-        self.mask: torch.Tensor | None = None
+        def from_dataloader(*args: Any, **kwargs: Any) -> IntermediatesCache:
+            cache = original(*args, **kwargs)
+            batches = (cache.fetch(i, ["attention_mask"]) for i in range(len(cache)))
+            self._cached = [batch.get("attention_mask") for batch in batches]
+            _warn_of_left_padding(self._cached)
+            return cache
 
-    def read(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Take the mask from a module's arguments; a forward pre-hook."""
-        parameters = list(inspect.signature(_module.forward).parameters)
-        position = parameters.index("attention_mask")
-        mask = args[position] if position < len(args) else kwargs.get("attention_mask")
-        self.mask = token_mask(mask)
+        with patch_attr(IntermediatesCache, "from_dataloader", from_dataloader):
+            yield
+
+    def read(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the mask that the whole model is called with; a forward pre-hook."""
+        self._direct = kwargs.get("attention_mask")
 
     def keep(self, num_rows: int) -> torch.Tensor | None:
-        """Return the mask if it describes ``num_rows`` tokens, ``None`` if there is none."""
-        return self.mask if self.mask is not None and len(self.mask) == num_rows else None
+        """Return ``[num_rows]`` bool, false for padding; ``None`` if nothing is padded.
+
+        Args:
+            num_rows: tokens of the batch. Modules that see other rows, such as a vision tower,
+                are not masked.
+        """
+        mask = self._direct
+        if mask is None and self._cached:
+            mask = self._cached[self._state.current_batch_idx]
+        if mask is None or mask.numel() != num_rows:
+            return None
+        return mask.bool().flatten()
+
+
+def _warn_of_left_padding(masks: list[torch.Tensor | None]) -> None:
+    if any(mask is not None and not mask[:, 0].all() for mask in masks):
+        logger.warning(
+            "the calibration data is padded on the left. Padding is left out of the second "
+            "moments, but llm-compressor 0.14 can lose the attention mask while tracing, and then "
+            "real tokens attend to padding. Pad on the right or use batch_size=1."
+        )

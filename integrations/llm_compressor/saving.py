@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, Wei
 
 from moeq_plugin.integrations.llm_compressor.limits import reload_limits, serving_limits
 from moeq_plugin.models.moe import MoELayer
-from moeq_plugin.report.record import RunRecord
+from moeq_plugin.report.record import RunRecord, save_records
 
 # how a linearized expert calls what transformers fuses into one tensor
 _FUSED = {
@@ -63,7 +63,7 @@ def _use_checkpoint_names(model: PreTrainedModel) -> bool:
         ]
         kept = [c for c in conversions if not _names_in_checkpoint([c])]
         set_save_conversion_mapping(model, kept + renamings)
-    return bool(names) or _is_loaded_linearized(model, conversions)
+    return bool(names) or _is_loaded_linearized(conversions)
 
 
 def _names_in_checkpoint(conversions: list[WeightTransform]) -> dict[str, str]:
@@ -80,18 +80,24 @@ def _names_in_checkpoint(conversions: list[WeightTransform]) -> dict[str, str]:
     return names
 
 
-def _is_loaded_linearized(model: PreTrainedModel, conversions: list[WeightTransform]) -> bool:
-    """Tell whether the host loaded per-expert tensors directly, which it then saves likewise."""
-    has_experts = any(isinstance(module, LinearExperts2D) for module in model.modules())
-    return not has_experts or any("experts" in str(c.target_patterns) for c in conversions)
+def _is_loaded_linearized(conversions: list[WeightTransform]) -> bool:
+    """Tell whether the host loaded per-expert tensors as they are, which it then saves likewise."""
+    return any(re.search(r"experts.*(\\d|\*)", str(c.source_patterns)) for c in conversions)
 
 
 def _write_record_on_save(model: PreTrainedModel, record: RunRecord) -> None:
+    """Wrap ``save_pretrained`` once per model; later modifiers add their records."""
+    records: list[RunRecord] | None = getattr(model.save_pretrained, "_moeq_records", None)
+    if records is not None:
+        records.append(record)
+        return
+    records = [record]
     save_pretrained = model.save_pretrained
 
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         save_pretrained(save_directory, *args, **kwargs)
-        record.save(Path(save_directory))
+        save_records(records, Path(save_directory))
 
+    save._moeq_records = records  # type: ignore[attr-defined]
     model.save_pretrained = save

@@ -74,38 +74,41 @@ class RunRecord:
         Args:
             num_targets: how many linears were to be quantized.
         """
-        worst = min(self.linears, key=lambda record: record.effective_tokens, default=None)
-        tail = f"; fewest effective tokens {worst.effective_tokens:.1f} ({worst.name})"
+        tail = ""
+        if self.linears:
+            worst = min(self.linears, key=lambda record: record.effective_tokens)
+            tail = f"; fewest effective tokens {worst.effective_tokens:.1f} ({worst.name})"
         return (
             f"quantized {len(self.linears)} of {num_targets} linears, "
             f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
-            f"{self.count(Basis.NONE)} rounded to nearest" + (tail if worst else "")
+            f"{self.count(Basis.NONE)} rounded to nearest{tail}"
         )
 
-    def save(self, directory: Path) -> Path:
-        """Write the record into ``directory`` and return the file's path."""
-        path = directory / FILE_NAME
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        return path
-
     @classmethod
-    def load(cls, directory: Path) -> RunRecord:
-        """Read the record that :meth:`save` wrote.
+    def load(cls, directory: Path) -> list[RunRecord]:
+        """Read what :func:`save_records` wrote.
 
         Raises:
             ValueError: if another schema version wrote it.
         """
         path = directory / FILE_NAME
         content = json.loads(path.read_text())
-        version = content.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
+        if content.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}"
+                f"{path} has schema version {content.get('schema_version')}, this package reads "
+                f"{SCHEMA_VERSION}"
             )
-        content["linears"] = [
-            LinearRecord(**{**entry, "basis": Basis(entry["basis"])})
-            for entry in content["linears"]
-        ]
-        return cls(**content)
+        return [cls(**{**run, "linears": _linears(run["linears"])}) for run in content["runs"]]
+
+
+def save_records(records: list[RunRecord], directory: Path) -> Path:
+    """Write ``moeq_run.json``, one entry per modifier that took part; return its path."""
+    path = directory / FILE_NAME
+    content = {"schema_version": SCHEMA_VERSION, "runs": [asdict(record) for record in records]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _linears(entries: list[dict[str, Any]]) -> list[LinearRecord]:
+    return [LinearRecord(**{**entry, "basis": Basis(entry["basis"])}) for entry in entries]

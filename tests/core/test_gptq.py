@@ -64,7 +64,9 @@ def test_rounds_as_the_papers_algorithm_does_in_float64(grid, block_size, actord
 
 def test_the_factor_is_a_root_of_the_inverse():
     _, _, hessian = problem(columns=8)
-    order = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(e)) for e in range(3)])
+    order = torch.stack(
+        [torch.randperm(8, generator=torch.Generator().manual_seed(e)) for e in range(3)]
+    )
 
     factor, is_nearest = inverse_factor(hessian, order, dampening_frac=0.01)
 

@@ -1,0 +1,11 @@
+import os
+
+# the host logs a line per linear; what a test asserts on, it captures itself
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+# tiny matrices: a second thread only waits, and on a busy machine it waits for long
+torch.set_num_threads(1)
