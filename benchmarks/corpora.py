@@ -53,13 +53,7 @@ def corpora() -> list[Corpus]:
     if (SHARED / "models" / "moe_small").is_dir():
         text = SHARED / "data" / "text" / "train"
         domains = ("wiki", "code", "math", "stories", "multi", "docs")
-        calibration = [
-            document
-            for domain in domains
-            for document in lzma.open(text / f"{domain}.txt.xz", "rt")
-            .read(2_000_000)
-            .split(SEPARATOR)
-        ]
+        calibration = [doc for domain in domains for doc in _unpack(text / f"{domain}.txt.xz")]
         heldout = [
             document
             for domain in domains
@@ -67,6 +61,11 @@ def corpora() -> list[Corpus]:
         ]
         found.append(Corpus("moe_small", SHARED / "models" / "moe_small", calibration, heldout))
     return found
+
+
+def _unpack(path: Path) -> list[str]:
+    with lzma.open(path, "rt") as file:
+        return file.read(2_000_000).split(SEPARATOR)
 
 
 def _windows(

@@ -5,7 +5,10 @@ a modifier registers it with llm-compressor's recipe factory.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
-_SAMPLE_TOKENS = 4096  # per MoE layer, for experts that saw too little
+_MIN_SAMPLE_TOKENS = 1024
 
 RegisterHook = Callable[..., object]
 _SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
@@ -58,10 +58,10 @@ class Observation:
 
 @dataclass
 class TokenSample:
-    """A uniform random sample of the tokens that enter a MoE layer, of bounded size.
+    """A uniform random sample of the tokens that enter a MoE layer, for experts that saw few.
 
-    Every token draws a number and the largest numbers stay, so that the sample does not depend
-    on how the tokens were split into batches any more than the draws do.
+    Every token draws a number and the largest numbers stay. Twice as many tokens as features give
+    second moments of full rank and take about as much memory as one Hessian.
     """
 
     generator: torch.Generator
@@ -72,8 +72,9 @@ class TokenSample:
         """Offer ``[tokens, hidden]`` rows to the sample."""
         draws = torch.cat([self.draws, torch.rand(len(rows), generator=self.generator)])
         rows = rows if self.rows is None else torch.cat([self.rows, rows])
-        if len(draws) > _SAMPLE_TOKENS:
-            draws, kept = draws.topk(_SAMPLE_TOKENS)
+        capacity = max(_MIN_SAMPLE_TOKENS, 2 * rows.shape[1])
+        if len(draws) > capacity:
+            draws, kept = draws.topk(capacity)
             rows = rows[kept.to(rows.device)]
         self.draws, self.rows = draws, rows
 
@@ -188,7 +189,11 @@ class Calibration:
         self.observations[linear].moments.add(rows, weights)
 
     def _leader(self, linear: nn.Linear, inputs: torch.Tensor, weighted: bool) -> nn.Linear:
-        """Return the sibling that has already seen this very tensor, or the linear itself."""
+        """Return the sibling that has already seen this very tensor, or the linear itself.
+
+        Raises:
+            RuntimeError: if two linears share their input in some batches only.
+        """
         key = (self._parents.get(linear), weighted)
         recent = self._recent.get(key)
         if recent is not None and recent[0]() is inputs:

@@ -25,7 +25,7 @@ from moeq_plugin.integrations.llm_compressor.calibration import (
 )
 from moeq_plugin.report.record import Basis
 
-_CPU_STACK_BYTES = 1 << 26  # larger stacks leave the caches and are no faster
+_CPU_STACK_BYTES = 1 << 25  # larger stacks leave the caches and are no faster
 _ACCELERATOR_SHARE = 0.25  # of the free memory
 
 

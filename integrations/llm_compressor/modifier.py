@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.offload.dist_utils import is_distributed
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, is_preset_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules, patch_attr
 from llmcompressor.core import Event, State
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization.calibration import observe
 from loguru import logger
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 from torch import distributed, nn
 
 from moeq_plugin.integrations.llm_compressor import preflight
@@ -88,6 +90,19 @@ class MoEQuantModifier(GPTQModifier):
     weight_gate_proj: bool = True
     seed: int = 0
 
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _known_scheme(cls, scheme: Any) -> Any:
+        names = [scheme] if isinstance(scheme, str) else list(scheme or ())
+        for name in names:
+            if not is_preset_scheme(name):
+                near = difflib.get_close_matches(name.upper(), PRESET_SCHEMES, n=3)
+                raise ValueError(
+                    f"{name!r} is not a scheme; did you mean {near or sorted(PRESET_SCHEMES)}? "
+                    "For other grids give config_groups."
+                )
+        return scheme
+
     _layers: list[MoELayer] = PrivateAttr(default_factory=list)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _record: RunRecord | None = PrivateAttr(default=None)
@@ -120,6 +135,7 @@ class MoEQuantModifier(GPTQModifier):
         self._pending = {
             module: name for module, name in self._module_names.items() if _weight_args(module)
         }
+        preflight.check_group_sizes(self._pending)
         self._record = RunRecord(
             modifier=type(self).__name__,
             settings=self.model_dump(exclude={"index", "group", "start", "end", "update"}),

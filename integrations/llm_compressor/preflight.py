@@ -93,24 +93,28 @@ def check_not_quantized(linears: dict[nn.Module, str]) -> None:
         )
 
 
-def check_group_sizes(schemes: dict[str, tuple[int, int]]) -> None:
-    """Refuse group sizes that do not divide a weight's input columns.
+def check_group_sizes(modules: dict[nn.Module, str]) -> None:
+    """Refuse groups that are wider than a weight; the host checks the other indivisible ones.
 
     Args:
-        schemes: for each module name its number of input columns and its group size.
+        modules: the modules with their schemes attached, and their names.
 
     Raises:
         ValueError: listing every offender.
     """
-    wrong = {name: pair for name, pair in schemes.items() if pair[0] % pair[1]}
-    if not wrong:
+    lines, columns = [], []
+    for module, name in modules.items():
+        group_size = module.quantization_scheme.weights.group_size
+        if group_size and group_size > 0 and module.weight.shape[1] % group_size:
+            columns.append(module.weight.shape[1])
+            lines.append(f"  - {name} (columns={columns[-1]}, group_size={group_size})")
+    if not lines:
         return
-    common = [size for size in (128, 64, 32, 16) if not any(c % size for c, _ in schemes.values())]
-    advice = f"use group_size {common[0]}" if common else "use channel-wise weights"
-    lines = [f"  - {name}: {c} input columns, group_size {g}" for name, (c, g) in wrong.items()]
+    fitting = [size for size in (128, 64, 32, 16) if not any(c % size for c in columns)]
+    advice = f"use group_size {fitting[0]}" if fitting else "use channel-wise weights"
     raise ValueError(
-        f"group_size must divide the input columns of every weight; {advice}, or put the modules "
-        "into `ignore`:\n" + "\n".join(lines)
+        f"group_size must divide the input columns of every weight; {advice} for these modules, "
+        "or put them into `ignore`:\n" + "\n".join(lines)
     )
 
 

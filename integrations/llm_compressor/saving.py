@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping

@@ -82,10 +82,7 @@ def choose_grid(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
     low = groups.amin(-1).clamp(max=0)
     high = groups.amax(-1).clamp(min=0)
     steps = grid.highest - grid.lowest
-    if grid.symmetric:
-        scale = torch.maximum(high, -low) / (steps / 2)
-    else:
-        scale = (high - low) / steps
+    scale = torch.maximum(high, -low) / (steps / 2) if grid.symmetric else (high - low) / steps
     # a row of zeros has no scale of its own: any positive one represents it exactly
     scale = torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
     if grid.symmetric:

@@ -139,5 +139,7 @@ def shrink_toward(
     missing = shrinkage * max(0.0, min_effective_tokens - effective)
     if missing == 0 or layer_moments.effective_tokens == 0:
         return moments.mean()
-    total = effective + missing
-    return moments.mean() * (effective / total) + layer_moments.mean() * (missing / total)
+    own_share = effective / (effective + missing)
+    mixed = moments.hessian * (own_share / moments.weight_sum.item())
+    layer_share = (1 - own_share) / layer_moments.weight_sum.item()
+    return mixed.add_(layer_moments.hessian, alpha=layer_share)

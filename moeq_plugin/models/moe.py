@@ -50,7 +50,11 @@ class MoELayer:
     shared_gate: nn.Module | None
 
     def expert(self, index: int) -> nn.Module:
-        """Return one expert's MLP; only linearized experts have them."""
+        """Return one expert's MLP.
+
+        Raises:
+            TypeError: if the experts are fused; only linearized experts are modules.
+        """
         if not isinstance(self.experts, nn.ModuleList):
             raise TypeError(f"{self.name}: the experts are fused; linearize the model first")
         return self.experts[index]

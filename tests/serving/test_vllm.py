@@ -273,8 +273,9 @@ def quantized_checkpoint(family: str, tmp_path: Path) -> Checkpoint:
     """Write a random model of ``family``, quantized to W4A16 with groups of 128."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from moeq_plugin import MoEQuantModifier as Modifier
     from transformers import AutoModelForCausalLM
+
+    from moeq_plugin import MoEQuantModifier as Modifier
 
     files = Checkpoint(*(tmp_path / form for form in ("original", "quantized", "dequantized")))
     with torch.random.fork_rng():

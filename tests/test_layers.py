@@ -1,0 +1,100 @@
+"""The folder list is the architecture: who may import whom, checked by reading imports."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, INTEGRATIONS = ROOT / "moeq_plugin", ROOT / "integrations"
+FRAMEWORKS = {
+    "transformers", "llmcompressor", "compressed_tensors", "optimum", "vllm", "datasets",
+    "accelerate", "gptqmodel",
+}  # fmt: skip
+OURS = "moeq_plugin."
+# part -> what its modules may import: frameworks, and other parts of ours
+ALLOWED = {
+    "core": {"scipy", "numpy", "torch", OURS + "core"},
+    "models": {"torch", "tqdm", OURS + "core", OURS + "models"},
+    "report": {"jinja2", "plotly", OURS + "report"},
+    "integrations/llm_compressor": {
+        "torch", "transformers", "llmcompressor", "compressed_tensors", "datasets", "loguru",
+        "pydantic", OURS + "core", OURS + "models", OURS + "report",
+        OURS + "integrations.llm_compressor",
+    },
+}  # fmt: skip
+STANDARD = set(__import__("sys").stdlib_module_names)
+
+
+def imports(source: str) -> set[str]:
+    """Return the dotted names of all modules that ``source`` imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names.add(node.module)
+    return names
+
+
+def violations(source: str, allowed: set[str]) -> set[str]:
+    return {
+        name
+        for name in imports(source)
+        if name.split(".")[0] not in STANDARD
+        and not any(name == a or name.startswith(a + ".") for a in allowed)
+    }
+
+
+def folders():
+    for part, allowed in ALLOWED.items():
+        root = PACKAGE / part if (PACKAGE / part).is_dir() else ROOT / part
+        for path in sorted(root.glob("*.py")):
+            yield pytest.param(path, allowed, id=str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize(("path", "allowed"), list(folders()))
+def test_imports_point_one_way_only(path, allowed):
+    assert violations(path.read_text(), allowed) == set()
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("core", "import transformers"),
+        ("core", "def f():\n    from moeq_plugin.models import moe"),
+        ("models", "from llmcompressor import oneshot"),
+        ("report", "import torch"),
+        ("integrations/llm_compressor", "import moeq_plugin.integrations.hf.quantizer"),
+    ],
+)
+def test_a_planted_violation_is_found(part, source):
+    assert violations(source, ALLOWED[part])
+
+
+def test_every_folder_of_modules_is_ruled_and_packaged():
+    found = {p.parent for root in (PACKAGE, INTEGRATIONS) for p in root.rglob("*.py")}
+    named = {str(p.relative_to(ROOT)).replace("/", ".") for p in found}
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    assert {n if n.startswith("moeq") else f"moeq_plugin.{n}" for n in named} == set(packaged)
+    ruled = {part if "/" in part else f"moeq_plugin/{part}" for part in ALLOWED}
+    assert {str(p.relative_to(ROOT)) for p in found} - {"moeq_plugin", "integrations"} == ruled
+
+
+def test_importing_the_package_loads_no_framework():
+    import subprocess
+    import sys
+
+    code = f"import sys, moeq_plugin; assert not {FRAMEWORKS | {'torch'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_stay_short():
+    lengths = {
+        p: len(p.read_text().splitlines()) for r in (PACKAGE, INTEGRATIONS) for p in r.rglob("*.py")
+    }
+    assert {p.name: n for p, n in lengths.items() if n > 400} == {}
