@@ -20,7 +20,7 @@ ALLOWED = {
     "report": {"jinja2", "plotly", OURS + "report"},
     "integrations/llm_compressor": {
         "torch", "transformers", "llmcompressor", "compressed_tensors", "datasets", "loguru",
-        "pydantic", OURS + "core", OURS + "models", OURS + "report",
+        "pydantic", "safetensors", OURS + "core", OURS + "models", OURS + "report",
         OURS + "integrations.llm_compressor",
     },
 }  # fmt: skip

@@ -12,7 +12,9 @@ from torch import nn
 from moeq_plugin.models.moe import MoELayer
 
 _PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"
-_WAY_OUT = "Load it inside llmcompressor.modeling.moe.linearize.load_quantizable_moe()."
+_WAY_OUT = (
+    "moeq_plugin.integrations.llm_compressor.loading.load_dequantized(directory) reads it as it is."
+)
 
 
 def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:

@@ -7,15 +7,20 @@ import sys
 import pytest
 import torch
 from helpers import FAMILIES, int4, oneshot, tiny_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llmcompressor")
 
 from moeq_plugin import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.report.record import RunRecord
 
 RELOADABLE = [family for family in FAMILIES if family != "gpt_oss"]
+MIXED = {
+    "group_0": {**int4(16)["group_0"], "targets": ["re:.*layers.0.*experts.*_proj$"]},
+    "group_1": {**int4(None, num_bits=8)["group_0"], "targets": ["re:.*layers.1.*experts.*_proj$"]},
+}
 # reads directories from its arguments, says for each whether model and logits came back
 RELOAD = """
 import json, sys, torch
@@ -108,14 +113,7 @@ def test_mixtral_is_written_under_the_names_that_loading_expects(tmp_path):
     [
         ("gpt_oss", int4(16), "no rule to read this architecture's experts"),
         ("qwen3_moe", int4(16, symmetric=False), "does not read zero points of experts"),
-        (
-            "qwen3_moe",
-            {
-                "group_0": {**int4(16)["group_0"], "targets": ["re:.*layers.0.*experts.*_proj$"]},
-                "group_1": {**int4(32)["group_0"], "targets": ["re:.*layers.1.*experts.*_proj$"]},
-            },
-            "the experts do not all have one scheme",
-        ),
+        ("qwen3_moe", MIXED, "the experts do not all have one scheme"),
     ],
     ids=["gpt-oss", "asymmetric", "mixed"],
 )
@@ -125,6 +123,43 @@ def test_what_plain_transformers_cannot_read_is_said_before_saving(
     save_quantized(family, tmp_path, config_groups=groups)
     (record,) = RunRecord.load(tmp_path / "out")
     assert any(sentence in limit for limit in record.limits)
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("gpt_oss", int4(16)),
+        ("mixtral", int4(16)),
+        ("qwen3_moe", int4(16, symmetric=False)),
+        ("mixtral", int4(16, num_bits=3)),
+        ("deepseek_v2", int4(None, num_bits=8)),
+        ("qwen2_moe", MIXED),
+    ],
+    ids=["gpt-oss", "mixtral", "asymmetric", "3-bit", "8-bit", "mixed"],
+)
+def test_our_own_loader_reads_every_checkpoint_as_it_was_saved(family, groups, tmp_path):
+    save_quantized(family, tmp_path, config_groups=groups)
+    expected = torch.load(tmp_path / "expected.pt")
+
+    model = load_dequantized(tmp_path / "out")
+
+    experts = model.get_submodule(expected["layer"]).experts
+    for e, weights in enumerate(expected["experts"]):
+        for projection, weight in weights.items():
+            assert torch.equal(getattr(experts[e], f"{projection}_proj").weight, weight)
+    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
+
+
+def test_our_own_loader_accounts_for_every_tensor(tmp_path):
+    save_quantized("mixtral", tmp_path)
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    removed = next(k for k in tensors if k.endswith("experts.1.w2.weight_packed"))
+    save_file({k: t for k, t in tensors.items() if removed[:-7] not in k}, path)
+    with pytest.raises(
+        ValueError, match=r"missing \['model.layers.0.mlp.experts.1.down_proj.weight"
+    ):
+        load_dequantized(tmp_path / "out")
 
 
 def test_mixed_schemes_within_a_layer_are_named_for_vllm(tmp_path):
