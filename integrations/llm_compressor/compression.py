@@ -50,6 +50,12 @@ class Job:
     effective_tokens: float
 
 
+def weight_args(module: nn.Module) -> QuantizationArgs | None:
+    """Return the weight scheme attached to a module, ``None`` if there is none."""
+    scheme = getattr(module, "quantization_scheme", None)
+    return scheme.weights if scheme is not None else None
+
+
 def grid_of(args: QuantizationArgs) -> Grid | None:
     """Return the grid of a weight scheme, ``None`` if it is not an integer grid along rows."""
     by_rows = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)

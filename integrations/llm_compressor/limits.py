@@ -6,9 +6,9 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
-from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
+from moeq_plugin.integrations.llm_compressor.compression import weight_args
 from moeq_plugin.models.moe import MoELayer
 
 _PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"
@@ -39,7 +39,7 @@ def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:
             f"the experts do not all have one scheme; {_PLAIN} applies one to all of them and "
             f"loads the others silently wrong. {_WAY_OUT}"
         )
-    args = [a for layer in layers for a in map(_weight_args, expert_linears(layer)) if a]
+    args = [a for layer in layers for a in map(weight_args, expert_linears(layer)) if a]
     if any(not a.symmetric for a in args):
         limits.append(f"{_PLAIN} does not read zero points of experts and fails. {_WAY_OUT}")
     if any(_has_activations(linear) for layer in layers for linear in expert_linears(layer)):
@@ -72,13 +72,8 @@ def expert_linears(layer: MoELayer) -> list[nn.Linear]:
     ]
 
 
-def _weight_args(linear: nn.Module) -> QuantizationArgs | None:
-    scheme = getattr(linear, "quantization_scheme", None)
-    return scheme.weights if scheme is not None else None
-
-
 def _scheme_key(linear: nn.Module) -> str | None:
-    args = _weight_args(linear)
+    args = weight_args(linear)
     return args.model_dump_json() if args is not None else None
 
 

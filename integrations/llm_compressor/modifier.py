@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.offload.dist_utils import is_distributed
-from compressed_tensors.quantization import QuantizationArgs, is_preset_scheme
+from compressed_tensors.quantization import is_preset_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules, patch_attr
 from llmcompressor.core import Event, State
@@ -22,6 +22,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 from torch import distributed, nn
 
+from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration
 from moeq_plugin.integrations.llm_compressor.compression import (
@@ -31,12 +32,18 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     grid_of,
     guard,
     stacks,
+    weight_args,
 )
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
+# of the host's fields, what tells its progress or a training schedule and not what was asked for
+_HOST_STATE = {
+    "index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_",
+    "requires_calibration_data",
+}  # fmt: skip
 _PACKAGES = ("moeq-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
@@ -133,12 +140,12 @@ class MoEQuantModifier(GPTQModifier):
         preflight.check_not_quantized({module: name for name, module in targeted})
         super().on_initialize(state, **kwargs)
         self._pending = {
-            module: name for module, name in self._module_names.items() if _weight_args(module)
+            module: name for module, name in self._module_names.items() if weight_args(module)
         }
         preflight.check_group_sizes(self._pending)
         self._record = RunRecord(
             modifier=type(self).__name__,
-            settings=self.model_dump(exclude={"index", "group", "start", "end", "update"}),
+            settings={k: v for k, v in self.model_dump().items() if k not in _HOST_STATE},
             versions={package: version(package) for package in _PACKAGES},
             kept=kept,
         )
@@ -181,7 +188,7 @@ class MoEQuantModifier(GPTQModifier):
                 observe(module, base_name="weight")
                 columns = module.weight.shape[1]
                 nothing = torch.zeros(columns, columns, device=module.weight.device)
-                job = Job([module], _weight_args(module), nothing, 1.0, Basis.NONE, 0.0)
+                job = Job([module], weight_args(module), nothing, 1.0, Basis.NONE, 0.0)
                 self._compress_stack([job])
         self._contexts.close()
         super().on_calibration_end(state, event, **kwargs)
@@ -212,11 +219,11 @@ class MoEQuantModifier(GPTQModifier):
             )
             by_scheme: dict[str, list[nn.Linear]] = {}
             for linear in observation.linears:
-                by_scheme.setdefault(_weight_args(linear).model_dump_json(), []).append(linear)
+                by_scheme.setdefault(weight_args(linear).model_dump_json(), []).append(linear)
             for linears in by_scheme.values():
                 yield Job(
                     linears=linears,
-                    args=_weight_args(linears[0]),
+                    args=weight_args(linears[0]),
                     hessian=hessian,
                     weight_sum=weight_sum,
                     basis=basis,
@@ -238,6 +245,7 @@ class MoEQuantModifier(GPTQModifier):
     def _compress_with_host(self, stack: list[Job]) -> None:
         """Let the host's solver round to grids that ours does not know (float types, blocks)."""
         for job in stack:
+            revive_dead_columns(job.hessian)  # the host would set their weights to zero
             for linear in job.linears:
                 self._hessians[linear] = job.hessian.clone()
                 self._num_samples[linear] = torch.ones((), device=job.hessian.device)
@@ -281,11 +289,6 @@ def _check_data(calib: Any) -> None:
         )
     if len(calib) == 0:
         raise ValueError("the calibration data set is empty; expected at least one sequence")
-
-
-def _weight_args(module: nn.Module) -> QuantizationArgs | None:
-    scheme = getattr(module, "quantization_scheme", None)
-    return scheme.weights if scheme is not None else None
 
 
 def _observes_activations(module: nn.Module) -> bool:

@@ -75,7 +75,7 @@ def solve(
         ValueError: if shapes disagree.
     """
     _check_shapes(weight, hessians, scale)
-    diagonal = torch.stack([_revive_dead_columns(hessian) for hessian in hessians])
+    diagonal = torch.stack([revive_dead_columns(hessian) for hessian in hessians])
     if actorder:
         order = diagonal.argsort(dim=1)  # ascending, since columns are processed from the end
     else:
@@ -161,7 +161,7 @@ def _round_columns(
     return loss
 
 
-def _revive_dead_columns(hessian: torch.Tensor) -> torch.Tensor:
+def revive_dead_columns(hessian: torch.Tensor) -> torch.Tensor:
     """Give columns that saw only zeros the mean diagonal, in place; return the diagonal."""
     diagonal = hessian.diagonal()
     dead = diagonal <= 0

@@ -180,6 +180,16 @@ class TestCoverage:
                 change = (weight - original[f"{name}.weight"]).abs().max()
                 assert change <= 0.51 * model.get_submodule(name).weight_scale.max()
 
+    def test_the_hosts_solver_zeroes_nothing_either(self, tmp_path):
+        model = tiny_model("qwen3_moe", tmp_path)
+        modifier = MoEQuantModifier(scheme="FP8_DYNAMIC")
+        data = Dataset.from_dict({"input_ids": [[1] * 8], "attention_mask": [[0] * 8]})
+
+        oneshot(model, modifier, data)
+
+        for name, weight in quantized_weights(model).items():
+            assert (weight != 0).float().mean() > 0.9, name
+
     def test_a_linear_that_is_never_called_is_rounded_and_reported(self, tmp_path):
         model = tiny_model("qwen3_moe", tmp_path)
         model.model.layers[0].self_attn.idle = torch.nn.Linear(64, 64, bias=False)
