@@ -8,13 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
 
 __version__ = "0.1.0"
 
-_HOMES = {"MoEQuantModifier": "moeq_plugin.integrations.llm_compressor"}
+_HOMES = {
+    "EBSSConfig": "moeq_plugin.core.sampling",
+    "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
+    "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
+}
 
-__all__ = ["MoEQuantModifier", "__version__"]
+__all__ = ["EBSSConfig", "MoEQuantModifier", "__version__", "ebss_dataset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,11 +16,11 @@ OURS = "moeq_plugin."
 # part -> what its modules may import: frameworks, and other parts of ours
 ALLOWED = {
     "core": {"scipy", "numpy", "torch", OURS + "core"},
-    "models": {"torch", "tqdm", OURS + "core", OURS + "models"},
+    "models": {"torch", OURS + "core", OURS + "models"},
     "report": {"jinja2", "plotly", OURS + "report"},
     "integrations/llm_compressor": {
         "torch", "transformers", "llmcompressor", "compressed_tensors", "datasets", "loguru",
-        "pydantic", "safetensors", OURS + "core", OURS + "models", OURS + "report",
+        "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models", OURS + "report",
         OURS + "integrations.llm_compressor",
     },
 }  # fmt: skip

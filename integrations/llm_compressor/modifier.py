@@ -23,6 +23,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import distributed, nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
+from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration
 from moeq_plugin.integrations.llm_compressor.compression import (
@@ -36,6 +37,7 @@ from moeq_plugin.integrations.llm_compressor.compression import (
 )
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
+from moeq_plugin.integrations.llm_compressor.self_calibration import calibrate_on_own_text
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
@@ -89,6 +91,8 @@ class MoEQuantModifier(GPTQModifier):
             moves the weight inside is exact for up and down but approximate through the gate's
             nonlinearity (Eq. 17).
         seed: of the sample of layer tokens that starved experts borrow from.
+        ebss: how the model writes its own calibration set when oneshot is given none
+            (:class:`moeq_plugin.core.sampling.EBSSConfig`; a mapping of its fields in YAML).
     """
 
     affinity_power: float = Field(default=1.0, ge=0)
@@ -96,6 +100,7 @@ class MoEQuantModifier(GPTQModifier):
     shrinkage: float = Field(default=1.0, ge=0)
     weight_gate_proj: bool = True
     seed: int = 0
+    ebss: EBSSConfig = Field(default_factory=EBSSConfig)
 
     @field_validator("scheme", mode="before")
     @classmethod
@@ -113,6 +118,7 @@ class MoEQuantModifier(GPTQModifier):
     _layers: list[MoELayer] = PrivateAttr(default_factory=list)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _record: RunRecord | None = PrivateAttr(default=None)
+    _writes_own_text: bool = PrivateAttr(default=False)
     _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _contexts: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
@@ -128,10 +134,10 @@ class MoEQuantModifier(GPTQModifier):
             ValueError: if the request cannot succeed; nothing has been changed then.
         """
         model = state.model
-        _check_data(state.data.calib)
+        self._layers = find_moe_layers(model)
+        self._check_data(state.data.calib)
         preflight.check_output_dir()
         preflight.check_targets(model, self.resolved_targets)
-        self._layers = find_moe_layers(model)
         if not self._layers:
             logger.info("no MoE layers found: every linear gets plain GPTQ")
         kept = preflight.kept_by_default(model, self._layers, self.resolved_targets)
@@ -153,7 +159,15 @@ class MoEQuantModifier(GPTQModifier):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Register the hooks that accumulate second moments."""
+        """Register the hooks that accumulate second moments.
+
+        Without data, let the model write some and run the host's pipeline on it, which comes back
+        here and then through all other events.
+        """
+        if self._writes_own_text:
+            self._writes_own_text = False
+            calibrate_on_own_text(state.model, self.ebss)
+            return
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
         self._contexts.enter_context(padding.listen())
@@ -169,6 +183,13 @@ class MoEQuantModifier(GPTQModifier):
             # a token that is not routed has weight zero: do not compute what will not count
             self._contexts.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
 
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """Quantize the layer that has just been calibrated."""
+        if self._calibration is not None:  # else everything is done: the run on our own text was
+            super().on_sequential_epoch_end(state, event, modules, **kwargs)
+
     def compress_modules(self) -> None:
         """Quantize every linear observed since the last layer; called once per layer."""
         calibration = self._calibration
@@ -183,6 +204,8 @@ class MoEQuantModifier(GPTQModifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round to nearest what no batch has called, then remove hooks and observers."""
+        if self._calibration is None:
+            return
         with disable_offloading():
             for module in list(self._pending):
                 observe(module, base_name="weight")
@@ -191,6 +214,7 @@ class MoEQuantModifier(GPTQModifier):
                 job = Job([module], weight_args(module), nothing, 1.0, Basis.NONE, 0.0)
                 self._compress_stack([job])
         self._contexts.close()
+        self._calibration = None
         super().on_calibration_end(state, event, **kwargs)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -199,9 +223,23 @@ class MoEQuantModifier(GPTQModifier):
         assert record is not None  # set in on_initialize
         level = "WARNING" if record.count(Basis.NONE) or self._pending else "INFO"
         logger.log(level, record.summary(len(record.linears) + len(self._pending)))
-        self._calibration = None
         self._layers = []
         return super().on_finalize(state, **kwargs)
+
+    def _check_data(self, calib: Any) -> None:
+        if calib is not None and len(calib) == 0:
+            raise ValueError("the calibration data set is empty; expected at least one sequence")
+        # without data the host would refuse to go on, unless told that none is needed
+        self.requires_calibration_data = calib is not None
+        if calib is not None:
+            return
+        if not self._layers:
+            raise ValueError(
+                "MoEQuantModifier needs calibration data for a model without experts: pass "
+                "dataset=... to oneshot (a datasets.Dataset with `input_ids` or `text`, a "
+                "DataLoader, or the name of a data set)"
+            )
+        self._writes_own_text = True
 
     def _ignore_also(self, names: list[str]) -> None:
         self.ignore = [*self.ignore, *names]
@@ -279,16 +317,6 @@ class MoEQuantModifier(GPTQModifier):
         if self.batched_quantization == "auto":
             return None
         return self.batched_quantization or 1
-
-
-def _check_data(calib: Any) -> None:
-    if calib is None:
-        raise ValueError(
-            "MoEQuantModifier needs calibration data: pass dataset=... to oneshot (a datasets."
-            "Dataset with `input_ids` or `text`, a DataLoader, or the name of a data set)"
-        )
-    if len(calib) == 0:
-        raise ValueError("the calibration data set is empty; expected at least one sequence")
 
 
 def _observes_activations(module: nn.Module) -> bool:

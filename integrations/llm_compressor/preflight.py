@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.entrypoints.oneshot import Oneshot
 from torch import nn
 
+from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _DONE = (QuantizationStatus.FROZEN, QuantizationStatus.COMPRESSED)
@@ -121,15 +120,15 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
 def check_output_dir() -> None:
     """Refuse an output directory that holds files or cannot be written.
 
-    The host tells nobody where it will save, so the running ``Oneshot`` is looked up in the call
-    stack: an error after hours of calibration would be worse than this look.
+    An error after hours of calibration would be worse than looking up the running ``oneshot``.
 
     Raises:
         ValueError: if the directory is not empty, not a directory or not writable.
     """
-    output_dir = _running_output_dir()
-    if output_dir is None:
+    running = running_oneshot()
+    if running is None or not running.output_dir:
         return
+    output_dir = Path(running.output_dir).resolve()
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(
             f"output_dir {output_dir} is not empty; nothing was written. Choose a new directory, "
@@ -141,13 +140,3 @@ def check_output_dir() -> None:
             f"output_dir {output_dir} cannot be written ({existing} is not a writable directory); "
             "nothing was calibrated yet."
         )
-
-
-def _running_output_dir() -> Path | None:
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        running = frame.f_locals.get("self")
-        if isinstance(running, Oneshot):
-            return Path(running.output_dir).resolve() if running.output_dir else None
-    return None

@@ -159,6 +159,19 @@ def test_a_dead_column_keeps_its_weights():
     assert not solution.is_nearest.any()
 
 
+def test_a_dead_column_needs_no_damping():
+    weight, inputs, _ = problem()
+    inputs[..., 5] = 0
+    hessian = 2 * inputs.transpose(1, 2) @ inputs
+    grid = Grid(4, 4)
+    qparams = choose_grid(weight, grid)
+
+    solution = solve(weight, hessian, *qparams, grid, dampening_frac=0.0)
+
+    assert not solution.is_nearest.any()
+    assert torch.equal(solution.weight[..., 5], nearest(weight, grid)[..., 5])
+
+
 def test_without_any_token_weights_are_rounded_to_nearest():
     weight, _, _ = problem()
     grid = Grid(4, 4)

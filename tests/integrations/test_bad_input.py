@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from helpers import NoProcessor, dataset, int4, oneshot, tiny_model
+from helpers import dataset, int4, oneshot, tiny_model
 
 pytest.importorskip("llmcompressor")
 
@@ -63,13 +63,6 @@ def test_group_sizes_that_do_not_divide_are_all_listed(group_size, model):
     if group_size == 48:  # wider than the down projections: the host's check passes them over
         message = message.split("layers.1")[0]
     refuses(message, model, MoEQuantModifier(config_groups=int4(group_size)))
-
-
-def test_no_data(model):
-    with pytest.raises(ValueError, match="needs calibration data: pass dataset="):
-        from llmcompressor import oneshot as host
-
-        host(model=model, recipe=MoEQuantModifier(config_groups=int4(16)), processor=NoProcessor())
 
 
 def test_empty_data(model):

@@ -11,6 +11,7 @@ pytest.importorskip("llmcompressor")
 
 from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
+from loguru import logger
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moeq_plugin import MoEQuantModifier
@@ -84,6 +85,27 @@ class TestAgainstStockGPTQ:
         assert ours.keys() == stock.keys()
         assert share_of_equal(ours, stock) >= 0.9999
 
+    def test_the_loss_is_the_one_that_the_host_logs(self, tmp_path):
+        model = tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1)
+        logged = []
+        sink = logger.add(logged.append, level="METRIC", format="{message}")
+        oneshot(model, GPTQModifier(config_groups=int4(32), ignore=["lm_head"]), dataset(64, 64),
+                moe_calibrate_all_experts=False)  # fmt: skip
+        logger.remove(sink)
+        theirs = [float(line.split()[-1]) for line in logged if line.startswith("error")]
+
+        model = tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1)
+        modifier = MoEQuantModifier(
+            config_groups=int4(32), affinity_power=0, min_effective_tokens=0
+        )
+        oneshot(model, modifier, dataset(64, 64))
+
+        # theirs is per calibration sequence, ours per token; the tokens all have weight one
+        ours = [r.loss * r.effective_tokens / 64 for r in record_of(modifier).linears]
+        assert len(ours) == len(theirs) == 4 + 4 * 3
+        # logged with two decimals
+        assert sorted(ours) == pytest.approx(sorted(theirs), rel=1e-4, abs=0.0051)
+
     def test_routed_tokens_of_weight_one(self, tmp_path):
         ours, stock = self.compare(
             lambda: tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1),
@@ -114,8 +136,9 @@ def test_static_activation_scales_see_all_tokens(tmp_path):
     oneshot(model, MoEQuantModifier(config_groups=groups))
 
     experts = model.model.layers[0].mlp.experts
-    scales = [experts[e].up_proj.input_scale for e in range(4)]
-    assert all(scale.isfinite().all() and scale > 1e-3 for scale in scales)
+    scales = torch.stack([experts[e].up_proj.input_scale for e in range(4)])
+    assert (scales == scales[0]).all()  # all saw the same tokens, routed to them or not
+    assert scales[0] > 1e-3
 
 
 class TestCoverage:

@@ -68,15 +68,9 @@ def inputs_of(linear_name, module, hidden_states):
     return received[0]
 
 
-@pytest.mark.parametrize("all_experts", [True, False], ids=["all-experts", "routed"])
-@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_equal_a_float64_brute_force(family, all_experts, tmp_path):
-    model = tiny_model(family, tmp_path)
-    modifier = Spy(config_groups=int4(16))
-
-    oneshot(model, modifier, dataset(4, 24), moe_calibrate_all_experts=all_experts)
-
+def assert_equal_brute_force(modifier):
+    """Recompute every second moment of MoE layers from the experts' arguments, in float64."""
     compared = 0
     for name, (moments, seat, weights) in modifier.__dict__["seen"].items():
         if seat is None:
@@ -101,6 +95,24 @@ def test_equal_a_float64_brute_force(family, all_experts, tmp_path):
         )
         compared += 1
     assert compared >= 4 * 3  # at least one layer of four experts
+
+
+@pytest.mark.parametrize("all_experts", [True, False], ids=["all-experts", "routed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_a_float64_brute_force(family, all_experts, tmp_path):
+    modifier = Spy(config_groups=int4(16))
+    model = tiny_model(family, tmp_path)
+    oneshot(model, modifier, dataset(4, 24), moe_calibrate_all_experts=all_experts)
+    assert_equal_brute_force(modifier)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_equal_brute_force_where_activation_scales_need_every_token(family, tmp_path):
+    groups = int4(None, num_bits=8)
+    groups["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True}
+    modifier = Spy(config_groups=groups)
+    oneshot(tiny_model(family, tmp_path), modifier, dataset(4, 24))
+    assert_equal_brute_force(modifier)
 
 
 @pytest.mark.parametrize("power", [0.0, 2.0])
