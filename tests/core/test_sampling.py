@@ -204,6 +204,15 @@ def test_a_base_is_balanced_by_what_it_lacks():
     assert together.imbalance == pytest.approx(toy.sigma(together.input_ids), rel=1e-5)
 
 
+def test_a_base_does_not_lengthen_branches_that_leave_its_imbalance_as_it_is():
+    toy = Toy(6, 0)
+    toy.load[:] = 1  # every token to all experts alike
+    base = {"base_load": torch.tensor([[90, 0, 0, 0]] * LAYERS), "base_tokens": 45}
+    ends = {"config": config(min_length=3, tau=0.1), "start": [[0]], "end": 5}
+    assert toy.search(**ends)[1] == toy.search(**ends, **base)[1]
+    assert len(toy.search(**ends)[1][0].input_ids) < 8  # or there is nothing to lengthen
+
+
 def test_an_empty_base_changes_nothing():
     toy = Toy(6, 2)
     empty = {"base_load": torch.zeros(LAYERS, EXPERTS, dtype=torch.int64), "base_tokens": 0}
