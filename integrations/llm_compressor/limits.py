@@ -6,6 +6,9 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.compression import weight_args
@@ -60,6 +63,29 @@ def serving_limits(layers: list[MoELayer]) -> list[str]:
                 "expert 0 to all of them, silently. Give all experts of a layer one scheme."
             )
     return limits
+
+
+def storage_limits(linears: Iterable[nn.Module]) -> list[str]:
+    """Return why saving may not keep the codes that were chosen.
+
+    The host keeps dequantized weights and derives codes from them when it saves. A bfloat16
+    weight is off by up to 2^-8 of itself, half a step or more from 128 steps on.
+
+    Args:
+        linears: the linears, schemes attached.
+    """
+    args = [(linear, weight_args(linear)) for linear in linears]
+    coarse = [
+        linear
+        for linear, a in args
+        if a and a.num_bits == 8 and not a.symmetric and linear.weight.dtype == torch.bfloat16
+    ]
+    if not coarse:
+        return []
+    return [
+        f"{len(coarse)} linears have 8-bit asymmetric weights in bfloat16: saving may move a code "
+        "by one. Use symmetric 8-bit weights, or load the model in float32."
+    ]
 
 
 def expert_linears(layer: MoELayer) -> list[nn.Linear]:

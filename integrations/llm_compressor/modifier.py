@@ -13,7 +13,7 @@ from compressed_tensors.offload import disable_offloading
 from compressed_tensors.offload.dist_utils import is_distributed
 from compressed_tensors.quantization import is_preset_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from compressed_tensors.utils import match_named_modules, patch_attr
+from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -120,7 +120,7 @@ class MoEQuantModifier(GPTQModifier):
     _record: RunRecord | None = PrivateAttr(default=None)
     _writes_own_text: bool = PrivateAttr(default=False)
     _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
-    _contexts: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
+    _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
     def model_dump(self, **kwargs: Any) -> dict[str, Any]:
         """Return plain data: the host writes ``recipe.yaml`` from it and could not read enums."""
@@ -170,7 +170,7 @@ class MoEQuantModifier(GPTQModifier):
             return
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
-        self._contexts.enter_context(padding.listen())
+        self._undo.callback(padding.listen())
         self._calibration = Calibration(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,
@@ -181,7 +181,11 @@ class MoEQuantModifier(GPTQModifier):
         self._calibration.attach(state.model, self._layers, linears, self.register_hook)
         if not any(_observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
-            self._contexts.enter_context(patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False))
+            flag = "_CALIBRATE_ALL_EXPERTS"
+            # undone by a callback: an abandoned context manager would undo it when it is collected,
+            # long after an error, over what the host has set by then
+            self._undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
+            setattr(moe_context, flag, False)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -213,7 +217,7 @@ class MoEQuantModifier(GPTQModifier):
                 nothing = torch.zeros(columns, columns, device=module.weight.device)
                 job = Job([module], weight_args(module), nothing, 1.0, Basis.NONE, 0.0)
                 self._compress_stack([job])
-        self._contexts.close()
+        self._undo.close()
         self._calibration = None
         super().on_calibration_end(state, event, **kwargs)
 

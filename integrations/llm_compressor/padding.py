@@ -8,12 +8,10 @@ from the arguments where a pipeline calls the whole model.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from compressed_tensors.utils import patch_attr
 from llmcompressor.core import State
 from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
@@ -32,9 +30,12 @@ class PaddingWatch:
         self._cached: list[torch.Tensor | None] = []
         self._direct: torch.Tensor | None = None
 
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Note the masks of every batch that the sequential pipeline caches meanwhile."""
+    def listen(self) -> Callable[[], None]:
+        """Note the masks of every batch that the sequential pipeline caches from now on.
+
+        Returns:
+            What ends that.
+        """
         original = IntermediatesCache.from_dataloader
 
         def from_dataloader(*args: Any, **kwargs: Any) -> IntermediatesCache:
@@ -44,8 +45,8 @@ class PaddingWatch:
             _warn_of_left_padding(self._cached)
             return cache
 
-        with patch_attr(IntermediatesCache, "from_dataloader", from_dataloader):
-            yield
+        IntermediatesCache.from_dataloader = from_dataloader
+        return lambda: setattr(IntermediatesCache, "from_dataloader", original)
 
     def read(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mask that the whole model is called with; a forward pre-hook."""

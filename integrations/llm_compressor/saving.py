@@ -8,6 +8,7 @@ from typing import Any
 
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
+from torch import nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.integrations.llm_compressor.expert_names import (
@@ -16,7 +17,11 @@ from moeq_plugin.integrations.llm_compressor.expert_names import (
     loading_rules,
     names_in_checkpoint,
 )
-from moeq_plugin.integrations.llm_compressor.limits import reload_limits, serving_limits
+from moeq_plugin.integrations.llm_compressor.limits import (
+    reload_limits,
+    serving_limits,
+    storage_limits,
+)
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.report.record import RunRecord, save_records
 
@@ -38,6 +43,7 @@ def prepare_saving(model: PreTrainedModel, layers: list[MoELayer], record: RunRe
         set_save_conversion_mapping(model, linearized_rules(rules))
     has_expert_names = bool(names) or is_loaded_linearized(rules)
     record.limits += reload_limits(layers, has_expert_names) + serving_limits(layers)
+    record.limits += storage_limits(m for m in model.modules() if isinstance(m, nn.Linear))
     for limit in record.limits:
         logger.warning(limit)
     _write_record_on_save(model, record)

@@ -276,6 +276,19 @@ def test_every_weight_lies_on_its_grid(group_size, symmetric, num_bits, tmp_path
         assert codes.max() <= 2 ** (num_bits - 1) - 0.9
 
 
+@pytest.mark.parametrize(
+    ("symmetric", "dtype", "named"),
+    [(False, torch.bfloat16, True), (True, torch.bfloat16, False), (False, torch.float32, False)],
+    ids=["asymmetric-bf16", "symmetric-bf16", "asymmetric-fp32"],
+)
+def test_codes_that_saving_may_move_are_named(symmetric, dtype, named, tmp_path):
+    tiny_model("qwen3_moe", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    modifier = MoEQuantModifier(config_groups=int4(16, symmetric=symmetric, num_bits=8))
+    oneshot(model, modifier, dataset(2, 16))
+    assert any("may move a code by one" in limit for limit in record_of(modifier).limits) == named
+
+
 def test_schemes_that_our_grid_does_not_know_go_to_the_hosts_solver(tmp_path):
     model = tiny_model("qwen3_moe", tmp_path)
     modifier = MoEQuantModifier(scheme="FP8_DYNAMIC")
