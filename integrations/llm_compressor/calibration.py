@@ -47,13 +47,11 @@ class Observation:
         moments: what was accumulated.
         linears: the linears, in order of first call.
         seat: where they sit, ``None`` outside MoE layers.
-        is_weighted: whether affinity weights apply (``weight_gate_proj`` can exempt one linear).
     """
 
     moments: SecondMoments
     linears: list[nn.Linear]
     seat: Seat | None
-    is_weighted: bool
 
 
 @dataclass
@@ -181,7 +179,7 @@ class Calibration:
         seat = self._seats.get(linear)
         if linear not in self.observations:
             moments = SecondMoments.zeros(inputs.shape[-1], inputs.device)
-            self.observations[linear] = Observation(moments, [linear], seat, weighted)
+            self.observations[linear] = Observation(moments, [linear], seat)
         rows, weights = self._weigh(inputs.flatten(0, -2), seat)
         if weights is not None:
             power = self.affinity_power if weighted else 0.0
