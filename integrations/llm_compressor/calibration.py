@@ -18,6 +18,7 @@ from torch import nn
 
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.parts import Part
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
 _MIN_SAMPLE_TOKENS = 1024
@@ -64,17 +65,20 @@ class TokenSample:
 
     generator: torch.Generator
     rows: torch.Tensor | None = None
+    routing: RoutingTrace | None = None
     draws: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Offer ``[tokens, hidden]`` rows to the sample."""
+    def add(self, rows: torch.Tensor, routing: RoutingTrace) -> None:
+        """Offer ``[tokens, hidden]`` rows and where they are routed to the sample."""
         draws = torch.cat([self.draws, torch.rand(len(rows), generator=self.generator)])
         rows = rows if self.rows is None else torch.cat([self.rows, rows])
+        routing = routing if self.routing is None else self.routing.extended(routing)
         capacity = max(_MIN_SAMPLE_TOKENS, 2 * rows.shape[1])
         if len(draws) > capacity:
             draws, kept = draws.topk(capacity)
-            rows = rows[kept.to(rows.device)]
-        self.draws, self.rows = draws, rows
+            kept = kept.to(rows.device)
+            rows, routing = rows[kept], routing.of_tokens(kept)
+        self.draws, self.rows, self.routing = draws, rows, routing
 
     @cached_property
     def moments(self) -> SecondMoments:
@@ -96,7 +100,12 @@ class Calibration:
     """
 
     def __init__(
-        self, *, affinity_power: float, weight_gate_proj: bool, seed: int, padding: PaddingWatch
+        self,
+        *,
+        affinity_power: float,
+        weight_gate_proj: bool,
+        seed: int,
+        padding: PaddingWatch | Part,
     ) -> None:
         self.affinity_power = affinity_power
         self.weight_gate_proj = weight_gate_proj
@@ -162,7 +171,10 @@ class Calibration:
         self._dispatch[experts] = trace.dispatch()
         sample = self.samples.setdefault(experts, TokenSample(self._generator))
         keep = self._padding.keep(len(hidden_states))
-        sample.add(hidden_states if keep is None else hidden_states[keep.to(hidden_states.device)])
+        if keep is not None:
+            keep = keep.to(hidden_states.device)
+            hidden_states, trace = hidden_states[keep], trace.of_tokens(keep)
+        sample.add(hidden_states, trace)
 
     def _open_shared_expert(self, shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states = args[0].flatten(0, -2)

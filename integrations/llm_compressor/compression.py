@@ -159,11 +159,31 @@ def _stack_bytes(device: torch.device) -> int:
     return int(free * _ACCELERATOR_SHARE)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """One job's weights on their grids.
+
+    Attributes:
+        solution: of the whole stack.
+        index: of the job in the stack.
+        scale: ``[rows, groups]`` of all the job's linears.
+        zero_point: ``[rows, groups]``.
+    """
+
+    solution: Solution
+    index: int
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return ``[rows, in]`` dequantized weights of all the job's linears."""
+        return self.solution.weight[self.index]
+
+
 @torch.no_grad()
-def compress(
-    stack: list[Job], *, block_size: int, dampening_frac: float
-) -> list[dict[nn.Linear, float | None]]:
-    """Solve a stack and write weights, scales and zero points into the linears.
+def solve_stack(stack: list[Job], *, block_size: int, dampening_frac: float) -> list[Rounded]:
+    """Round the weights of a stack of jobs; the linears stay as they are.
 
     The weight observers must have seen their weights.
 
@@ -171,9 +191,6 @@ def compress(
         stack: jobs of one shape and scheme.
         block_size: see :func:`moeq_plugin.core.gptq.solve`.
         dampening_frac: likewise.
-
-    Returns:
-        For each job, the loss of each linear; ``None`` where it was rounded to nearest.
     """
     grid = grid_of(stack[0].args)
     assert grid is not None  # the caller sorted out other schemes
@@ -191,25 +208,25 @@ def compress(
         dampening_frac=dampening_frac,
         actorder=stack[0].args.actorder is not None,
     )
-    return [
-        _write(job, index, solution, scale[index], zero_point[index])
-        for index, job in enumerate(stack)
-    ]
+    return [Rounded(solution, i, scale[i], zero_point[i]) for i in range(len(stack))]
 
 
-def _write(
-    job: Job, index: int, solution: Solution, scale: torch.Tensor, zero_point: torch.Tensor
-) -> dict[nn.Linear, float | None]:
+def write(job: Job, rounded: Rounded) -> dict[nn.Linear, float | None]:
+    """Put weights, scales and zero points into the job's linears.
+
+    Returns:
+        The loss of each linear; ``None`` where it was rounded to nearest.
+    """
+    solution, index = rounded.solution, rounded.index
     losses: dict[nn.Linear, float | None] = {}
     start = 0
     for linear in job.linears:
         rows = slice(start, start := start + len(linear.weight))
-        dtype = linear.weight.dtype
-        update_offload_parameter(linear, "weight", solution.weight[index, rows].to(dtype))
-        update_offload_parameter(linear, "weight_scale", scale[rows].to(dtype))
-        update_offload_parameter(
-            linear, "weight_zero_point", zero_point[rows].to(job.args.zp_dtype)
-        )
+        dtype, zp_dtype = linear.weight.dtype, job.args.zp_dtype
+        update_offload_parameter(linear, "weight", rounded.weight[rows].to(dtype))
+        update_offload_parameter(linear, "weight_scale", rounded.scale[rows].to(dtype))
+        zero_point = rounded.zero_point[rows].to(zp_dtype)
+        update_offload_parameter(linear, "weight_zero_point", zero_point)
         is_nearest = job.basis is Basis.NONE or bool(solution.is_nearest[index])
         loss = solution.loss[index, rows].sum().item()
         losses[linear] = None if is_nearest else loss / job.weight_sum

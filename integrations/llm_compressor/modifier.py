@@ -28,12 +28,13 @@ from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
-    compress,
     describe,
     grid_of,
     guard,
+    solve_stack,
     stacks,
     weight_args,
+    write,
 )
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
@@ -277,11 +278,11 @@ class MoEQuantModifier(GPTQModifier):
         if grid is None:
             self._compress_with_host(stack)
             return
-        losses = compress(
+        rounded = solve_stack(
             stack, block_size=self.block_size, dampening_frac=self.dampening_frac or 0.0
         )
-        for job, of_job in zip(stack, losses, strict=True):
-            for linear, loss in of_job.items():
+        for job, of_job in zip(stack, rounded, strict=True):
+            for linear, loss in write(job, of_job).items():
                 self._note(linear, job, Basis.NONE if loss is None else job.basis, loss)
 
     def _compress_with_host(self, stack: list[Job]) -> None:

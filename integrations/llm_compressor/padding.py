@@ -17,21 +17,26 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from torch import nn
 
+_COLUMNS = ("input_ids", "attention_mask", "domain")
+
 
 class PaddingWatch:
     """Knows the token mask of the batch that is running.
 
     Args:
         state: the host's state, which counts batches.
+
+    Attributes:
+        batches: token ids, masks and domains, as far as there are any, of the cached batches.
     """
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._cached: list[torch.Tensor | None] = []
+        self.batches: list[dict[str, torch.Tensor]] = []
         self._direct: torch.Tensor | None = None
 
     def listen(self) -> Callable[[], None]:
-        """Note the masks of every batch that the sequential pipeline caches from now on.
+        """Note ids and masks of every batch that the sequential pipeline caches from now on.
 
         Returns:
             What ends that.
@@ -40,9 +45,8 @@ class PaddingWatch:
 
         def from_dataloader(*args: Any, **kwargs: Any) -> IntermediatesCache:
             cache = original(*args, **kwargs)
-            batches = (cache.fetch(i, ["attention_mask"]) for i in range(len(cache)))
-            self._cached = [batch.get("attention_mask") for batch in batches]
-            _warn_of_left_padding(self._cached)
+            self.batches = [cache.fetch(index, list(_COLUMNS)) for index in range(len(cache))]
+            _warn_of_left_padding([batch.get("attention_mask") for batch in self.batches])
             return cache
 
         IntermediatesCache.from_dataloader = from_dataloader
@@ -52,6 +56,11 @@ class PaddingWatch:
         """Take the mask that the whole model is called with; a forward pre-hook."""
         self._direct = kwargs.get("attention_mask")
 
+    @property
+    def batch_index(self) -> int:
+        """Return the number of the running batch."""
+        return int(self._state.current_batch_idx)
+
     def keep(self, num_rows: int) -> torch.Tensor | None:
         """Return ``[num_rows]`` bool, false for padding; ``None`` if nothing is padded.
 
@@ -60,8 +69,8 @@ class PaddingWatch:
                 are not masked.
         """
         mask = self._direct
-        if mask is None and self._cached:
-            mask = self._cached[self._state.current_batch_idx]
+        if mask is None and self.batches:
+            mask = self.batches[self.batch_index].get("attention_mask")
         if mask is None or mask.numel() != num_rows:
             return None
         return mask.bool().flatten()

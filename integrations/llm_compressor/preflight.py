@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationStatus
@@ -69,7 +69,7 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> None:
         )
 
 
-def check_not_quantized(linears: dict[nn.Module, str]) -> None:
+def check_not_quantized(linears: Mapping[nn.Linear, str] | Mapping[nn.Module, str]) -> None:
     """Refuse modules that hold quantized weights already.
 
     Args:

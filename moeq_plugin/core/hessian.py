@@ -65,31 +65,34 @@ class SecondMoments:
         hessian: ``[in, in]`` float32, ``2 * sum_t a_t * outer(x_t, x_t)``.
         weight_sum: ``[]`` float64, ``sum_t a_t``.
         weight_square_sum: ``[]`` float64, ``sum_t a_t ** 2``.
+        peak_square_sum: ``[]`` float64, ``sum_t a_t max_j x_tj ** 2``, from which follows what
+            rounding the inputs of each token costs.
     """
 
     hessian: torch.Tensor
     weight_sum: torch.Tensor
     weight_square_sum: torch.Tensor
+    peak_square_sum: torch.Tensor
 
     @classmethod
     def zeros(cls, num_inputs: int, device: torch.device | str = "cpu") -> SecondMoments:
         """Return moments that have seen no token, for ``num_inputs`` input features."""
-        return cls(
-            torch.zeros(num_inputs, num_inputs, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-        )
+        sums = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        return cls(torch.zeros(num_inputs, num_inputs, device=device), *sums)
 
     def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
         """Add one batch, in place; shapes and errors as in :func:`accumulate_hessian`."""
         accumulate_hessian(self.hessian, inputs, token_weights)
+        peaks = inputs.abs().amax(1).double().square()
         if token_weights is None:
             self.weight_sum += inputs.shape[0]
             self.weight_square_sum += inputs.shape[0]
+            self.peak_square_sum += peaks.sum()
         else:
             weights = token_weights.double()
             self.weight_sum += weights.sum()
             self.weight_square_sum += weights.square().sum()
+            self.peak_square_sum += weights @ peaks
 
     @property
     def effective_tokens(self) -> float:

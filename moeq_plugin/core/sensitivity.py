@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 SCHEMA_VERSION = 1
 
@@ -59,10 +60,12 @@ class SensitivityTable:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; infinite losses become null."""
+        loss = self.loss.astype(object)
+        loss[~np.isfinite(self.loss)] = None
         content = {
             "schema_version": SCHEMA_VERSION,
             **vars(self),
-            "loss": np.where(np.isfinite(self.loss), self.loss, None).tolist(),
+            "loss": loss.tolist(),
             "num_bytes": self.num_bytes.tolist(),
             "num_weights": self.num_weights.tolist(),
         }
@@ -90,3 +93,49 @@ class SensitivityTable:
             return cls(**content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a sensitivity table: {error}") from error
+
+
+def quadratic_losses(
+    difference: torch.Tensor, second_moment: torch.Tensor, row_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what each output adds to ``sum_i g_i E[((difference @ x)_i)^2] / 2``.
+
+    With ``g_i`` the mean squared gradient of the log-likelihood at output ``i`` this is the
+    second-order change of the model's output distribution in nats (a diagonal Fisher matrix);
+    with ``g_i = 1`` it is half the squared error of the output.
+
+    Args:
+        difference: ``[out, in]``, quantized minus original weight.
+        second_moment: ``[in, in]``, ``E[x x^T]``.
+        row_weights: ``[out]``, the ``g_i``; ``None`` means 1.
+
+    Returns:
+        ``[out]`` float64, never negative.
+
+    Example:
+        >>> quadratic_losses(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([4.0]))
+        tensor([10.], dtype=torch.float64)
+    """
+    # the moments are positive semidefinite, their float32 sums only nearly so
+    losses = ((difference @ second_moment) * difference).sum(1, dtype=torch.float64).clamp(min=0)
+    return losses / 2 if row_weights is None else losses * row_weights.to(losses) / 2
+
+
+def smoothed_shares(weights: torch.Tensor, num_tokens: float) -> torch.Tensor:
+    """Return what each expert of a layer receives per token, with one pseudo-token for each.
+
+    That an expert was not used in a sample is no evidence that it never will be: shares are the
+    posterior mean of a Dirichlet prior of one token of mean weight per expert. They add up to
+    what the layer as a whole received per token.
+
+    Args:
+        weights: ``[experts]`` sums over tokens of an expert's (squared) combine weight.
+        num_tokens: that the layer saw; without tokens all shares are 0.
+
+    Example:
+        >>> smoothed_shares(torch.tensor([6.0, 2.0, 0.0, 0.0]), 8)
+        tensor([0.5833, 0.2500, 0.0833, 0.0833])
+    """
+    if num_tokens == 0:
+        return torch.zeros_like(weights)
+    return (weights + weights.sum() / num_tokens) / (num_tokens + len(weights))

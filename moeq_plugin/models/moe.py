@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -90,6 +90,20 @@ class RoutingTrace:
         """Return ``[tokens, experts]``: the weight of each expert's output, 0 if not routed."""
         dense = self.top_k_weights.new_zeros(len(self.top_k_index), self.num_experts)
         return dense.scatter_add_(1, self.top_k_index, self.top_k_weights)
+
+    def of_tokens(self, tokens: torch.Tensor) -> RoutingTrace:
+        """Return the decisions for some tokens, given as a mask or as indices."""
+        return replace(
+            self, top_k_index=self.top_k_index[tokens], top_k_weights=self.top_k_weights[tokens]
+        )
+
+    def extended(self, later: RoutingTrace) -> RoutingTrace:
+        """Return the decisions for these tokens and then for ``later`` ones."""
+        return replace(
+            self,
+            top_k_index=torch.cat([self.top_k_index, later.top_k_index]),
+            top_k_weights=torch.cat([self.top_k_weights, later.top_k_weights]),
+        )
 
     def expert_load(self, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``[experts]`` int64: slots, over all top-k, that each expert received.

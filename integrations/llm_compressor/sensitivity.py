@@ -1,0 +1,270 @@
+"""Measure what every linear loses at every option, in the host's layer-by-layer pass.
+
+Each layer is rounded to each option by the quantizer that ships, with the second moments of one
+half of the calibration sequences, and judged with those of the other half. The model is not
+changed: every layer hands on what it computes with its original weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.offload import disable_offloading
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import Event, State
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import nn
+
+from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.integrations.llm_compressor.calibration import Calibration, Observation
+from moeq_plugin.integrations.llm_compressor.compression import (
+    Job,
+    guard,
+    solve_stack,
+    stacks,
+    weight_args,
+)
+from moeq_plugin.integrations.llm_compressor.options import DEFAULT_OPTIONS, Option, parse_options
+from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.parts import Part, domains_of
+from moeq_plugin.integrations.llm_compressor.rows import check_fit, other_bytes, target_linears
+from moeq_plugin.integrations.llm_compressor.scoring import LayerScores
+from moeq_plugin.models.gradients import OutputGradients
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.models.units import unit_labels
+
+
+class SensitivityModifier(Modifier):
+    """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
+
+    The loss of linear ``l`` at option ``b`` is ``E[g^2 . (dW_b x)^2] / 2`` in nats per token:
+    ``dW_b`` what MoEQuant's rounding to ``b`` changes, ``x`` the inputs of held-out tokens
+    weighted by the squared combine weight, ``g`` the gradient of the model's own log-likelihood
+    at the output. Losses of several linears add up.
+
+    MoQa (arXiv:2503.21135) names the stages and gives no formula that can be computed; this is
+    the sum of squares that GEMQ (arXiv:2605.23078) uses at block outputs, with the error of the
+    quantizer that ships in place of rounding to nearest.
+
+    Lifecycle:
+
+    - on_initialize: check options and targets
+    - on_calibration_start: one backward pass per batch for ``g``; hooks for second moments
+    - on_sequential_epoch_end: round and judge one layer at every option
+    - on_calibration_end: put the table together
+
+    Args:
+        options: schemes to choose from.
+        targets: as for quantization.
+        ignore: as for quantization.
+        domain_names: names of the values 0, 1, ... of the data set's column ``domain``.
+        gradient: take ``g`` from a backward pass through the whole model. Without, every kind of
+            linear of every layer is judged by the relative squared error of its output; for
+            models that do not fit.
+        gradient_tokens: calibration tokens that the backward pass sees.
+        router_weight: what a nat of KL divergence of a router's choice counts, in nats.
+        affinity_power: as for quantization.
+        weight_gate_proj: as for quantization.
+        min_effective_tokens: as for quantization.
+        shrinkage: as for quantization.
+        seed: of samples and draws.
+        block_size: as for quantization.
+        dampening_frac: as for quantization.
+        weight_observer: as for quantization.
+    """
+
+    options: list[str] = Field(default_factory=lambda: list(DEFAULT_OPTIONS))
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=list)
+    domain_names: list[str] | None = None
+    gradient: bool = True
+    gradient_tokens: int = Field(default=16384, gt=0)
+    router_weight: float = Field(default=0.0, ge=0)
+    affinity_power: float = Field(default=1.0, ge=0)
+    weight_gate_proj: bool = True
+    min_effective_tokens: float | None = Field(default=None, ge=0)
+    shrinkage: float = Field(default=1.0, ge=0)
+    seed: int = 0
+    block_size: int = 128
+    dampening_frac: float | None = 0.01
+    weight_observer: str | None = None
+    requires_calibration_data: bool = True
+
+    _options: list[Option] = PrivateAttr(default_factory=list)
+    _layers: list[MoELayer] = PrivateAttr(default_factory=list)
+    _names: dict[nn.Linear, str] = PrivateAttr(default_factory=dict)
+    _rounding: Calibration | None = PrivateAttr(default=None)
+    _judging: list[tuple[Part, Calibration]] = PrivateAttr(default_factory=list)
+    _losses: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
+    _row_weights: dict[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
+    _watch: PaddingWatch | None = PrivateAttr(default=None)
+    _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
+    _table: SensitivityTable | None = PrivateAttr(default=None)
+
+    @property
+    def table(self) -> SensitivityTable:
+        """Return what was measured.
+
+        Raises:
+            RuntimeError: before calibration has ended.
+        """
+        if self._table is None:
+            raise RuntimeError("nothing has been measured yet: pass this modifier to oneshot")
+        return self._table
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check options and targets.
+
+        Raises:
+            ValueError: if an option is unknown or a target matches nothing.
+        """
+        self._options = parse_options(self.options, self.weight_observer)
+        self._layers = find_moe_layers(state.model)
+        self._names = target_linears(state.model, self._layers, self.targets, self.ignore)
+        check_fit(self._names, self._options)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Measure gradients, then register the hooks that accumulate second moments."""
+        routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
+        self._undo.enter_context(routed_only)
+        if self.gradient:
+            logger.info("sensitivity: one backward pass per calibration batch")
+            gradients = OutputGradients(self._names, self._layers)
+            gradients.measure(
+                state.model,
+                state.data.calib,
+                max_tokens=self.gradient_tokens,
+                router_weight=self.router_weight,
+                seed=self.seed,
+            )
+            self._row_weights = gradients.row_weights()
+        self._watch = PaddingWatch(state)
+        self._undo.callback(self._watch.listen())
+        domains = sorted({d for batch in state.data.calib for d in domains_of(batch)})
+        self._rounding = self._calibration(Part(self._watch, half=0), self.affinity_power)
+        parts = [Part(self._watch, half=1, domain=domain) for domain in domains]
+        self._judging = [(part, self._calibration(part, 2.0)) for part in parts]
+        for calibration in (self._rounding, *(c for _, c in self._judging)):
+            calibration.attach(state.model, self._layers, list(self._names), self.register_hook)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """Round and judge the linears that were called since the last layer."""
+        rounding = self._rounding
+        assert rounding is not None  # the host calls on_calibration_start first
+        with torch.no_grad(), disable_offloading():
+            scores = [
+                LayerScores(judging, part.num_tokens, self._names, self._row_weights)
+                for part, judging in self._judging
+            ]
+            jobs = [self._guard(observation) for observation in rounding.observations.values()]
+            called = [linear for job in jobs for linear in job.linears]
+            shape = (len(scores), len(self._options))
+            self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
+            for index, option in enumerate(self._options):
+                if option.scheme is None:
+                    for linear in called:
+                        self._losses[self._names[linear]][:, index] = 0.0
+                    continue
+                for linear, difference in self._differences(option, jobs):
+                    losses = [score.loss(linear, difference, option) for score in scores]
+                    self._losses[self._names[linear]][:, index] = losses
+        for calibration in (rounding, *(c for _, c in self._judging)):
+            calibration.clear_layer()
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Put the table together and remove hooks."""
+        num_bytes = np.array([[o.num_bytes(m) for o in self._options] for m in self._names])
+        unseen = [name for name in self._names.values() if name not in self._losses]
+        if unseen:
+            logger.warning(
+                f"{len(unseen)} linears were never called while calibrating and keep the option "
+                f"with the most bytes: {', '.join(unseen[:5])}"
+            )
+        keep = np.where(num_bytes == num_bytes.max(1, keepdims=True), 0.0, np.inf)
+        names = list(self._names.values())
+        num_domains = len(self._judging)
+        losses = [
+            self._losses.get(name, np.broadcast_to(keep[row], (num_domains, len(self._options))))
+            for row, name in enumerate(names)
+        ]
+        self._table = SensitivityTable(
+            rows=tuple(names),
+            options=tuple(self.options),
+            domains=self._domain_names(num_domains),
+            loss=np.stack(losses, axis=1),
+            num_bytes=num_bytes,
+            num_weights=np.array([m.weight.numel() for m in self._names]),
+            units=unit_labels(names, self._layers, dict(state.model.named_modules())),
+            fixed_bytes=other_bytes(state.model, self._names),
+        )
+        self._undo.close()
+        self.remove_hooks()
+
+    def _calibration(self, part: Part, affinity_power: float) -> Calibration:
+        return Calibration(
+            affinity_power=affinity_power,
+            weight_gate_proj=self.weight_gate_proj,
+            seed=self.seed,
+            padding=part,
+        )
+
+    def _guard(self, observation: Observation) -> Job:
+        """Return a job for all linears of an observation; its scheme is filled in per option."""
+        assert self._rounding is not None
+        hessian, weight_sum, basis = guard(
+            observation,
+            self._rounding,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
+        effective_tokens = observation.moments.effective_tokens
+        return Job(observation.linears, None, hessian, weight_sum, basis, effective_tokens)
+
+    def _differences(
+        self, option: Option, jobs: list[Job]
+    ) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+        """Yield what rounding to an option changes of each linear that it fits."""
+        fitting = [[linear for linear in job.linears if option.fits(linear)] for job in jobs]
+        with _attached([linear for linears in fitting for linear in linears], option):
+            of_option = [
+                replace(job, linears=linears, args=weight_args(linears[0]))
+                for job, linears in zip(jobs, fitting, strict=True)
+                if linears
+            ]
+            for stack in stacks(of_option, None):
+                rounded = solve_stack(
+                    stack, block_size=self.block_size, dampening_frac=self.dampening_frac or 0.0
+                )
+                for job, of_job in zip(stack, rounded, strict=True):
+                    parts = of_job.weight.split([len(linear.weight) for linear in job.linears])
+                    for linear, weight in zip(job.linears, parts, strict=True):
+                        yield linear, weight.float() - linear.weight.float()
+
+    def _domain_names(self, number: int) -> tuple[str, ...]:
+        return tuple(self.domain_names or map(str, range(number)))
+
+
+@contextlib.contextmanager
+def _attached(linears: list[nn.Linear], option: Option) -> Iterator[None]:
+    """Attach a scheme and weight observers that have seen their weights, and take them off."""
+    for linear in linears:
+        linear.quantization_scheme = option.scheme
+        initialize_observer(linear, "weight")
+        observe(linear, "weight")
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.quantization_scheme, linear.weight_observer

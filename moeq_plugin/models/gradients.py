@@ -1,0 +1,186 @@
+"""How much a model's prediction depends on each output of each linear: the Fisher information.
+
+One backward pass per batch, of the log-likelihood of tokens that the model itself draws at every
+position. Then the mean of squared gradients is the diagonal of the Fisher matrix, and half of
+``gradient^2 * error^2`` is the KL divergence that a small error costs, in nats. Taking the text's
+own tokens instead would measure how wrong the model is, not how sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeq_plugin.models.moe import MoELayer, RoutingTrace
+from moeq_plugin.models.units import pool_of
+
+_PRIOR_TOKENS = 16  # an expert with fewer tokens takes much of its weights from its layer
+
+
+class OutputGradients:
+    """Squared gradients at the outputs of linears, with what their tokens weigh.
+
+    Args:
+        names: the linears and their names.
+        layers: the model's MoE layers.
+    """
+
+    def __init__(self, names: Mapping[nn.Linear, str], layers: Iterable[MoELayer]) -> None:
+        self.num_tokens = 0
+        self._names = dict(names)
+        self._layers = list(layers)
+        self._squares = {
+            m: torch.zeros(len(m.weight), dtype=torch.float64, device=m.weight.device)
+            for m in names
+        }
+        self._weights: dict[nn.Module, float] = dict.fromkeys(names, 0.0)
+        self._keep: torch.Tensor | None = None
+
+    def measure(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        *,
+        max_tokens: int,
+        router_weight: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Run forward and backward over batches until ``max_tokens`` tokens have been seen.
+
+        Args:
+            model: a causal language model whose experts run on routed tokens only.
+            batches: ``input_ids`` and maybe ``attention_mask``, ``[batch, sequence]``.
+            max_tokens: the batch that reaches this many is the last.
+            router_weight: what a nat of KL divergence of a router's choice counts, in nats of
+                the prediction. The gradient then runs through all later routers too and keeps
+                errors out of directions that make tokens change experts.
+            seed: of the tokens that are drawn.
+        """
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with ExitStack() as undo, torch.enable_grad():
+            for parameter in parameters:  # only activations need gradients
+                parameter.requires_grad = False
+            undo.callback(lambda: [p.requires_grad_() for p in parameters])
+            router_inputs = self._listen(model, undo)
+            for batch in batches:
+                ids = batch["input_ids"].to(device)
+                mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
+                self._keep = mask.flatten()
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                loss = _surprise(logits.flatten(0, -2)[self._keep], generator)
+                if router_weight:
+                    of_routers = self._router_surprise(router_inputs, generator)
+                    loss = loss + router_weight**0.5 * of_routers
+                loss.backward()
+                router_inputs.clear()
+                self.num_tokens += int(mask.sum())
+                if self.num_tokens >= max_tokens:
+                    break
+
+    def row_weights(self) -> dict[nn.Linear, torch.Tensor]:
+        """Return for each linear ``[out]`` float64: mean squared gradient per unit of weight.
+
+        A token's weight is its squared combine weight, 1 outside of experts. Where few tokens
+        were seen, the mean over the linears of the same role in the layer stands in.
+        """
+        pools: dict[str, list[nn.Linear]] = {}
+        for linear, name in self._names.items():
+            pools.setdefault(pool_of(name), []).append(linear)
+        found = {}
+        for pool in pools.values():
+            total = sum(self._weights[linear] for linear in pool)
+            mean = sum(float(self._squares[linear].mean()) for linear in pool) / max(total, 1e-30)
+            tokens = self.num_tokens or 1
+            prior = _PRIOR_TOKENS * total / tokens / len(pool) if len(pool) > 1 else 0.0
+            for linear in pool:
+                weight = self._weights[linear]
+                found[linear] = (self._squares[linear] + prior * mean) / max(weight + prior, 1e-30)
+        return found
+
+    def _listen(self, model: nn.Module, undo: ExitStack) -> list[tuple[nn.Module, torch.Tensor]]:
+        """Register all hooks; return the list that routers' inputs will be put into."""
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        hooks = [embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_())]
+        hooks += [linear.register_forward_hook(self._catch) for linear in self._names]
+        router_inputs: list[tuple[nn.Module, torch.Tensor]] = []
+        for layer in self._layers:
+            hooks.append(layer.experts.register_forward_pre_hook(self._weigh_experts(layer)))
+            if layer.shared_expert is not None:
+                hook = self._weigh_shared(layer)
+                hooks.append(layer.shared_expert.register_forward_pre_hook(hook))
+            if layer.router is not None:
+                hooks.append(
+                    layer.router.register_forward_pre_hook(
+                        lambda router, args: router_inputs.append((router, args[0]))
+                    )
+                )
+        weighed = [m for layer in self._layers for m in (layer.experts, layer.shared_expert) if m]
+        in_experts = {module for parent in weighed for module in parent.modules()}
+        hooks += [
+            linear.register_forward_pre_hook(self._weigh_dense)
+            for linear in self._names
+            if linear not in in_experts
+        ]
+        for hook in hooks:
+            undo.callback(hook.remove)
+        return router_inputs
+
+    def _catch(self, linear: nn.Linear, _args: Any, output: torch.Tensor) -> None:
+        def add(gradient: torch.Tensor) -> None:
+            self._squares[linear] += gradient.flatten(0, -2).double().square().sum(0)
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    def _weigh_dense(self, linear: nn.Module, _args: Any) -> None:
+        assert self._keep is not None  # set before the forward
+        self._weights[linear] += float(self._keep.sum())
+
+    def _weigh_experts(self, layer: MoELayer) -> Any:
+        def weigh(_experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            trace = RoutingTrace(args[1], args[2].detach().float(), layer.num_experts)
+            combine = trace.combine_weights()
+            assert self._keep is not None
+            sums = combine[self._keep].square().sum(0).tolist()
+            for index, weight in enumerate(sums):
+                self._add_weight(layer.expert(index), weight)
+
+        return weigh
+
+    def _weigh_shared(self, layer: MoELayer) -> Any:
+        def weigh(shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            assert self._keep is not None
+            weights = layer.shared_weights(args[0].detach().flatten(0, -2))
+            kept = self._keep.float() if weights is None else weights.float()[self._keep]
+            self._add_weight(shared, float(kept.square().sum()))
+
+        return weigh
+
+    def _add_weight(self, mlp: nn.Module, weight: float) -> None:
+        for module in mlp.modules():
+            if module in self._weights:
+                self._weights[module] += weight
+
+    def _router_surprise(
+        self, router_inputs: list[tuple[nn.Module, torch.Tensor]], generator: torch.Generator
+    ) -> torch.Tensor:
+        losses = []
+        for router, inputs in router_inputs:
+            weight, bias = router.weight, getattr(router, "bias", None)
+            assert isinstance(weight, torch.Tensor)  # every router scores with one matrix
+            scores = nn.functional.linear(inputs.flatten(0, -2), weight.to(inputs.dtype), bias)
+            losses.append(_surprise(scores[self._keep], generator))
+        return torch.stack(losses).sum()
+
+
+def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return minus the log-likelihood, summed, of one draw per row of ``[tokens, classes]``."""
+    log_probs = logits.float().log_softmax(-1)
+    drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+    return -log_probs.gather(1, drawn).sum()
