@@ -16,7 +16,6 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modeling.moe import context as moe_context
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization.calibration import observe
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
@@ -25,6 +24,7 @@ from torch import distributed, nn
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor.allocating import AllocatingModifier
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
@@ -39,6 +39,10 @@ from moeq_plugin.integrations.llm_compressor.compression import (
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.self_calibration import calibrate_on_own_text
+from moeq_plugin.integrations.llm_compressor.sensitivity import (
+    SensitivityConfig,
+    SensitivityModifier,
+)
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
@@ -50,7 +54,7 @@ _HOST_STATE = {
 _PACKAGES = ("moeq-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
-class MoEQuantModifier(GPTQModifier):
+class MoEQuantModifier(AllocatingModifier):
     """Quantize a model with GPTQ whose second moments are weighted by the router.
 
     For routed expert ``e`` the Hessian is ``H_e = 2 sum_t c_te^p x_t x_t^T`` over the tokens
@@ -63,6 +67,10 @@ class MoEQuantModifier(GPTQModifier):
     that dispatch the tokens; padding has weight zero; an expert that saw too little borrows the
     second moments of its layer instead of losing its weights; routers and shared-expert gates
     stay in 16 bit unless they are targeted by name.
+
+    Given a budget instead of a scheme (``bits_per_weight`` or ``size_gb``; all its arguments are
+    described at :class:`AllocatingModifier`), it measures what every linear loses at each option
+    and chooses the schemes that lose least.
 
     Sample yaml:
 
@@ -121,12 +129,8 @@ class MoEQuantModifier(GPTQModifier):
     _record: RunRecord | None = PrivateAttr(default=None)
     _writes_own_text: bool = PrivateAttr(default=False)
     _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _kept: dict[str, str] = PrivateAttr(default_factory=dict)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
-
-    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
-        """Return plain data: the host writes ``recipe.yaml`` from it and could not read enums."""
-        kwargs.setdefault("mode", "json")
-        return super().model_dump(**kwargs)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the request against model and data, attach schemes and prepare saving.
@@ -141,11 +145,20 @@ class MoEQuantModifier(GPTQModifier):
         preflight.check_targets(model, self.resolved_targets)
         if not self._layers:
             logger.info("no MoE layers found: every linear gets plain GPTQ")
-        kept = preflight.kept_by_default(model, self._layers, self.resolved_targets)
-        self._ignore_also([name for name in kept if name not in self.ignore])
+        self._kept = preflight.kept_by_default(model, self._layers, self.resolved_targets)
+        self._ignore_also([name for name in self._kept if name not in self.ignore])
         targeted = match_named_modules(model, self.resolved_targets, self.ignore)
         preflight.check_not_quantized({module: name for name, module in targeted})
-        super().on_initialize(state, **kwargs)
+        self.prepare_allocation(model, self._layers)
+        if not self.awaits_allocation:
+            self._attach_schemes(state)
+        return True
+
+    def _attach_schemes(self, state: State) -> None:
+        """Attach what was asked for or chosen, and prepare saving."""
+        self.adopt_allocation()
+        super().on_initialize(state)
+        self.check_attached()
         self._pending = {
             module: name for module, name in self._module_names.items() if weight_args(module)
         }
@@ -154,10 +167,9 @@ class MoEQuantModifier(GPTQModifier):
             modifier=type(self).__name__,
             settings={k: v for k, v in self.model_dump().items() if k not in _HOST_STATE},
             versions={package: version(package) for package in _PACKAGES},
-            kept=kept,
+            kept=self._kept,
         )
-        prepare_saving(model, self._layers, self._record)
-        return True
+        prepare_saving(state.model, self._layers, self._record, self.save_allocation)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Register the hooks that accumulate second moments.
@@ -167,8 +179,11 @@ class MoEQuantModifier(GPTQModifier):
         """
         if self._writes_own_text:
             self._writes_own_text = False
-            calibrate_on_own_text(state.model, self.ebss)
+            calibrate_on_own_text(state, self.ebss)
             return
+        if self.awaits_allocation:
+            self.measure_and_allocate(state)
+            self._attach_schemes(state)
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
         self._undo.callback(padding.listen())
@@ -230,6 +245,11 @@ class MoEQuantModifier(GPTQModifier):
         logger.log(level, record.summary(len(record.linears) + len(self._pending)))
         self._layers = []
         return super().on_finalize(state, **kwargs)
+
+    def sensitivity_modifier(self, config: SensitivityConfig) -> SensitivityModifier:
+        """Return what measures for this modifier, rounding as it does."""
+        shared = set(SensitivityModifier.model_fields) & set(type(self).model_fields) - _HOST_STATE
+        return SensitivityModifier(config=config, **{name: getattr(self, name) for name in shared})
 
     def _check_data(self, calib: Any) -> None:
         if calib is not None and len(calib) == 0:

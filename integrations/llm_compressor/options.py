@@ -24,7 +24,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.compression import grid_of
+from moeq_plugin.integrations.llm_compressor.compression import describe, grid_of
 
 UNQUANTIZED = "UNQUANTIZED"
 DEFAULT_OPTIONS = ("W2A16", "W3A16", "W4A16", "W8A16")
@@ -52,6 +52,11 @@ class Option:
         """Return the bytes of all tensors that a checkpoint stores for the linear's weight."""
         return _stored_bytes(self.name, tuple(linear.weight.shape), linear.weight.dtype)
 
+    def describe(self) -> str:
+        """Return the weights' scheme in words."""
+        args = self.scheme.weights if self.scheme is not None else None
+        return describe(args) if args is not None else UNQUANTIZED
+
     def for_targets(self, targets: list[str]) -> QuantizationScheme:
         """Return the scheme for these targets."""
         assert self.scheme is not None  # 16 bits are not asked for, they are what is left
@@ -71,11 +76,16 @@ def parse_options(names: Iterable[str], weight_observer: str | None = None) -> l
     names = list(names)
     if len(names) < 2 or len(set(names)) != len(names):
         raise ValueError(f"options must be at least two different schemes, got {names}")
-    return [_parse(name, weight_observer) for name in names]
+    return [parse_option(name, weight_observer) for name in names]
 
 
 @cache
-def _parse(name: str, weight_observer: str | None) -> Option:
+def parse_option(name: str, weight_observer: str | None = None) -> Option:
+    """Return one option; arguments as in :func:`parse_options`.
+
+    Raises:
+        ValueError: if the name is unknown or means no integer grid.
+    """
     if name == UNQUANTIZED:
         return Option(name, None)
     preset = _GROUP_SIZE.sub("", name)
@@ -100,7 +110,7 @@ def _parse(name: str, weight_observer: str | None) -> Option:
 def _stored_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Measure with the host's own compressor what it stores for a weight of this shape."""
     weight = torch.zeros(shape, dtype=dtype)
-    scheme = _parse(name, None).scheme
+    scheme = parse_option(name).scheme
     if scheme is None or scheme.weights is None:
         return weight.nbytes
     groups = shape[1] // (scheme.weights.group_size or shape[1])

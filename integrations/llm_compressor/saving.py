@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,12 @@ from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.report.record import RunRecord, save_records
 
 
-def prepare_saving(model: PreTrainedModel, layers: list[MoELayer], record: RunRecord) -> None:
+def prepare_saving(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    record: RunRecord,
+    save_more: Callable[[Path], None],
+) -> None:
     """Fix the names of experts and write ``record`` whenever the model is saved, in place.
 
     The host saves ``experts.0.gate_proj``, which Mixtral-like architectures do not find again:
@@ -36,6 +42,7 @@ def prepare_saving(model: PreTrainedModel, layers: list[MoELayer], record: RunRe
         model: the linearized model, schemes attached.
         layers: its MoE layers.
         record: the run's record; its ``limits`` are filled in here and logged.
+        save_more: writes further files into the directory of the checkpoint.
     """
     rules = loading_rules(model)
     names = names_in_checkpoint(rules)
@@ -46,22 +53,26 @@ def prepare_saving(model: PreTrainedModel, layers: list[MoELayer], record: RunRe
     record.limits += storage_limits(m for m in model.modules() if isinstance(m, nn.Linear))
     for limit in record.limits:
         logger.warning(limit)
-    _write_record_on_save(model, record)
+    _write_on_save(model, record, save_more)
 
 
-def _write_record_on_save(model: PreTrainedModel, record: RunRecord) -> None:
-    """Wrap ``save_pretrained`` once per model; later modifiers add their records."""
-    records: list[RunRecord] | None = getattr(model.save_pretrained, "_moeq_records", None)
-    if records is not None:
-        records.append(record)
+def _write_on_save(
+    model: PreTrainedModel, record: RunRecord, save_more: Callable[[Path], None]
+) -> None:
+    """Wrap ``save_pretrained`` once per model; later modifiers add to what it writes."""
+    noted = getattr(model.save_pretrained, "_moeq_noted", None)
+    if noted is not None:
+        noted.append((record, save_more))
         return
-    records = [record]
+    noted = [(record, save_more)]
     save_pretrained = model.save_pretrained
 
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         save_pretrained(save_directory, *args, **kwargs)
-        save_records(records, Path(save_directory))
+        save_records([record for record, _ in noted], Path(save_directory))
+        for _, save_more in noted:
+            save_more(Path(save_directory))
 
-    save._moeq_records = records  # type: ignore[attr-defined]
+    save._moeq_noted = noted  # type: ignore[attr-defined]
     model.save_pretrained = save

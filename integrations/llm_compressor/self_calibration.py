@@ -12,6 +12,7 @@ from typing import Any
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor.args import DatasetArguments
+from llmcompressor.core import State
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.pipelines.sequential import SequentialPipeline
@@ -19,7 +20,7 @@ from llmcompressor.transformers.data.base import TextGenerationDataset
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
@@ -28,13 +29,14 @@ from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 _BATCH_TOKENS = 2048
 
 
-def calibrate_on_own_text(model: PreTrainedModel, config: EBSSConfig) -> None:
-    """Sample a set and run the host's sequential pipeline on it.
+def calibrate_on_own_text(state: State, config: EBSSConfig) -> None:
+    """Sample a set, make it the state's calibration data, run the host's sequential pipeline.
 
     Args:
-        model: the linearized model, its modifier initialized.
+        state: holds the linearized model, its modifier initialized.
         config: what to sample.
     """
+    model = state.model
     logger.info(
         f"no data set given: the model writes its own, {config.num_sequences} sequences of "
         f"{config.seq_len} tokens with evenly loaded experts (EBSS, seed {config.seed})"
@@ -51,6 +53,7 @@ def calibrate_on_own_text(model: PreTrainedModel, config: EBSSConfig) -> None:
         collate_fn=default_data_collator,
     )
     arguments = running.dataset_args if running is not None else DatasetArguments()
+    state.data.calib = loader
     SequentialPipeline()(model, loader, arguments)
 
 

@@ -8,8 +8,10 @@ changed: every layer hands on what it computes with its original weights.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,34 @@ from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.models.units import unit_labels
 
 
+@dataclass(frozen=True)
+class SensitivityConfig:
+    """How to measure sensitivities.
+
+    Attributes:
+        gradient: take ``g`` from a backward pass through the whole model. Without, every kind of
+            linear of every layer is judged by the relative squared error of its output; for
+            models that do not fit.
+        gradient_tokens: calibration tokens that the backward pass sees.
+        router_weight: what a nat of KL divergence of a router's choice counts, in nats of the
+            prediction.
+        domain_names: names of the values 0, 1, ... of the data set's column ``domain``.
+        undercovered_tokens: an expert with fewer effective tokens is undercovered.
+    """
+
+    gradient: bool = True
+    gradient_tokens: int = 16384
+    router_weight: float = 0.0
+    domain_names: tuple[str, ...] | None = None
+    undercovered_tokens: float = 16.0
+
+    def __post_init__(self) -> None:
+        if self.gradient_tokens < 1:
+            raise ValueError(f"gradient_tokens must be at least 1, got {self.gradient_tokens}")
+        if not 0 <= self.router_weight < math.inf:
+            raise ValueError(f"router_weight must be finite and >= 0, got {self.router_weight}")
+
+
 class SensitivityModifier(Modifier):
     """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
 
@@ -66,12 +96,7 @@ class SensitivityModifier(Modifier):
         options: schemes to choose from.
         targets: as for quantization.
         ignore: as for quantization.
-        domain_names: names of the values 0, 1, ... of the data set's column ``domain``.
-        gradient: take ``g`` from a backward pass through the whole model. Without, every kind of
-            linear of every layer is judged by the relative squared error of its output; for
-            models that do not fit.
-        gradient_tokens: calibration tokens that the backward pass sees.
-        router_weight: what a nat of KL divergence of a router's choice counts, in nats.
+        config: how to measure.
         affinity_power: as for quantization.
         weight_gate_proj: as for quantization.
         min_effective_tokens: as for quantization.
@@ -85,10 +110,7 @@ class SensitivityModifier(Modifier):
     options: list[str] = Field(default_factory=lambda: list(DEFAULT_OPTIONS))
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: list[str] = Field(default_factory=list)
-    domain_names: list[str] | None = None
-    gradient: bool = True
-    gradient_tokens: int = Field(default=16384, gt=0)
-    router_weight: float = Field(default=0.0, ge=0)
+    config: SensitivityConfig = Field(default_factory=SensitivityConfig)
     affinity_power: float = Field(default=1.0, ge=0)
     weight_gate_proj: bool = True
     min_effective_tokens: float | None = Field(default=None, ge=0)
@@ -108,6 +130,8 @@ class SensitivityModifier(Modifier):
     _row_weights: dict[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
     _watch: PaddingWatch | None = PrivateAttr(default=None)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
+    _undercovered: list[str] = PrivateAttr(default_factory=list)
+    _domains: tuple[str, ...] = PrivateAttr(default=())
     _table: SensitivityTable | None = PrivateAttr(default=None)
 
     @property
@@ -137,22 +161,23 @@ class SensitivityModifier(Modifier):
         """Measure gradients, then register the hooks that accumulate second moments."""
         routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
         self._undo.enter_context(routed_only)
-        if self.gradient:
+        if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             gradients = OutputGradients(self._names, self._layers)
             gradients.measure(
                 state.model,
                 state.data.calib,
-                max_tokens=self.gradient_tokens,
-                router_weight=self.router_weight,
+                max_tokens=self.config.gradient_tokens,
+                router_weight=self.config.router_weight,
                 seed=self.seed,
             )
             self._row_weights = gradients.row_weights()
         self._watch = PaddingWatch(state)
         self._undo.callback(self._watch.listen())
-        domains = sorted({d for batch in state.data.calib for d in domains_of(batch)})
+        counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
+        self._domains = self._names_of_domains(counts)
         self._rounding = self._calibration(Part(self._watch, half=0), self.affinity_power)
-        parts = [Part(self._watch, half=1, domain=domain) for domain in domains]
+        parts = [Part(self._watch, half=1, domain=domain) for domain in sorted(counts)]
         self._judging = [(part, self._calibration(part, 2.0)) for part in parts]
         for calibration in (self._rounding, *(c for _, c in self._judging)):
             calibration.attach(state.model, self._layers, list(self._names), self.register_hook)
@@ -170,6 +195,12 @@ class SensitivityModifier(Modifier):
             ]
             jobs = [self._guard(observation) for observation in rounding.observations.values()]
             called = [linear for job in jobs for linear in job.linears]
+            self._undercovered += [
+                self._names[linear]
+                for job in jobs
+                for linear in job.linears
+                if job.effective_tokens < self.config.undercovered_tokens
+            ]
             shape = (len(scores), len(self._options))
             self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
             for index, option in enumerate(self._options):
@@ -202,12 +233,13 @@ class SensitivityModifier(Modifier):
         self._table = SensitivityTable(
             rows=tuple(names),
             options=tuple(self.options),
-            domains=self._domain_names(num_domains),
+            domains=self._domains,
             loss=np.stack(losses, axis=1),
             num_bytes=num_bytes,
             num_weights=np.array([m.weight.numel() for m in self._names]),
             units=unit_labels(names, self._layers, dict(state.model.named_modules())),
             fixed_bytes=other_bytes(state.model, self._names),
+            undercovered=tuple(self._undercovered),
         )
         self._undo.close()
         self.remove_hooks()
@@ -252,8 +284,25 @@ class SensitivityModifier(Modifier):
                     for linear, weight in zip(job.linears, parts, strict=True):
                         yield linear, weight.float() - linear.weight.float()
 
-    def _domain_names(self, number: int) -> tuple[str, ...]:
-        return tuple(self.domain_names or map(str, range(number)))
+    def _names_of_domains(self, counts: Counter[int]) -> tuple[str, ...]:
+        """Return the names of the domains that there are.
+
+        Raises:
+            ValueError: if a domain has too few sequences to halve, or no name.
+        """
+        few = {domain: count for domain, count in counts.items() if count < 2}
+        if few:
+            raise ValueError(
+                "one half of the calibration sequences rounds and the other judges: at least two "
+                f"sequences are needed (of each domain), got {few}"
+            )
+        names = self.config.domain_names or tuple(str(d) for d in range(max(counts) + 1))
+        if min(counts) < 0 or max(counts) >= len(names):
+            raise ValueError(
+                f"the column `domain` must hold 0 to {len(names) - 1} for the domains "
+                f"{list(names)}, got {sorted(counts)}"
+            )
+        return tuple(names[domain] for domain in sorted(counts))
 
 
 @contextlib.contextmanager

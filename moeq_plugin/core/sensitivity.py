@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class SensitivityTable:
         num_weights: ``[rows]`` int64.
         units: for each target, ``[rows]`` labels; rows of one label get one option.
         fixed_bytes: of all tensors of the checkpoint that belong to no row.
+        undercovered: rows that saw too few tokens to be judged by them.
     """
 
     rows: tuple[str, ...]
@@ -42,6 +43,7 @@ class SensitivityTable:
     num_weights: np.ndarray
     units: Mapping[str, tuple[str, ...]]
     fixed_bytes: int = 0
+    undercovered: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = (len(self.domains), len(self.rows), len(self.options))
@@ -57,6 +59,20 @@ class SensitivityTable:
         short = {t: len(labels) for t, labels in self.units.items() if len(labels) != shape[1]}
         if short:
             raise ValueError(f"units must label {shape[1]} rows, got {short}")
+
+    def floored(self) -> SensitivityTable:
+        """Return the table in which no undercovered row may have its smallest option.
+
+        Where a row's fate is its own, few tokens are little evidence that it can do with little.
+        """
+        loss = self.loss.copy()
+        for row, name in enumerate(self.rows):
+            if name in self.undercovered:
+                allowed = np.isfinite(loss[:, row]).all(0)
+                sizes = np.unique(self.num_bytes[row, allowed])
+                if len(sizes) > 1:
+                    loss[:, row, self.num_bytes[row] == sizes[0]] = np.inf
+        return replace(self, loss=loss)
 
     def save(self, path: str | Path) -> None:
         """Write JSON; infinite losses become null."""
@@ -87,7 +103,7 @@ class SensitivityTable:
             content["loss"] = np.where(np.isnan(loss), np.inf, loss)
             for name in ("num_bytes", "num_weights"):
                 content[name] = np.array(content[name], dtype=np.int64)
-            for name in ("rows", "options", "domains"):
+            for name in ("rows", "options", "domains", "undercovered"):
                 content[name] = tuple(content[name])
             content["units"] = {t: tuple(labels) for t, labels in content["units"].items()}
             return cls(**content)
