@@ -205,14 +205,12 @@ class _Search:
         for step, group in enumerate(opening):
             if self.gap <= self.rounding <= _TOLERANCE * self.lagrangian:
                 break
-            if work > _WORK * self.max_states:
-                bound = reduced + np.abs(self.free - size) * np.where(
-                    size <= self.free, take[step], give[step]
-                )
-                self.dropped = min(self.dropped, bound.min())
-                break
             if cheapest[step] > self.gap + self.rounding:
                 continue
+            if work > _WORK * self.max_states:
+                bound = self._bound(size, reduced, give[step], take[step])
+                self.dropped = min(self.dropped, bound.min())
+                break
             options = np.flatnonzero(self.reduced[group] <= self.gap + self.rounding)
             size = np.concatenate([size + s for s in self.size[group, options]])
             reduced = np.concatenate([reduced + r for r in self.reduced[group, options]])
@@ -228,14 +226,12 @@ class _Search:
         self, size: np.ndarray, reduced: np.ndarray, loss: np.ndarray, give: float, take: float
     ) -> np.ndarray:
         """Return the indices of the states that may still become the best, by size."""
-        free = self.free - size
-        fits = free >= 0
-        excess = np.where(fits, reduced + self.price * free, np.inf)  # if the rest stays at base
+        distance = reduced + self.price * np.abs(self.free - size)  # if the rest stays at base
+        excess = np.where(size <= self.free, distance, np.inf)
         self.gap = min(self.gap, float(excess.min()))
-        bound = reduced + np.abs(free) * np.where(fits, take, give)
+        bound = self._bound(size, reduced, give, take)
         promising = np.flatnonzero(bound <= self.gap + self.rounding)
         if len(promising) > self.max_states:
-            distance = reduced + self.price * np.abs(free)
             distance[excess.argmin()] = -1.0  # the best choice so far stays
             best = np.argpartition(distance[promising], self.max_states)
             self.dropped = min(self.dropped, bound[promising[best[self.max_states :]]].min())
@@ -249,12 +245,19 @@ class _Search:
         last_of_size[:-1] = size[1:] != size[:-1]
         return promising[last_of_size]
 
+    def _bound(self, size: np.ndarray, reduced: np.ndarray, give: float, take: float) -> np.ndarray:
+        """Return what a state exceeds the Lagrangian bound by, whatever the closed groups do."""
+        free = self.free - size
+        bound: np.ndarray = reduced + np.abs(free) * np.where(free >= 0, take, give)
+        return bound
+
     def _best(
         self,
         size: np.ndarray,
         loss: np.ndarray,
         history: list[tuple[int, np.ndarray, np.ndarray]],
     ) -> tuple[np.ndarray, float]:
+        """Return the best state's choice and by how much a dropped one may be better."""
         loss = loss[size <= self.free]
         state = int(np.argmax(loss <= loss.min() * (1 + _ROUNDING)))  # the smallest of equals
         position = self.base.copy()
