@@ -292,18 +292,19 @@ def _reasons(
     table: SensitivityTable, units: _Units, choice: np.ndarray, price: float | None
 ) -> dict[str, str]:
     """Say what the next smaller and the next larger option would change, for every unit."""
-    loss = units.loss.mean(0)
     sentences = {}
-    for unit, label in enumerate(units.labels):
-        chosen = int(choice[unit])
+    table_of_unit = zip(units.loss.mean(0).tolist(), units.num_bytes.tolist(), strict=True)
+    for label, chosen, (loss, num_bytes) in zip(
+        units.labels, choice.tolist(), table_of_unit, strict=True
+    ):
         changes = [
             _change(
                 table.options[other],
-                int(units.num_bytes[unit, other] - units.num_bytes[unit, chosen]),
-                float(loss[unit, other] - loss[unit, chosen]),
+                num_bytes[other] - num_bytes[chosen],
+                loss[other] - loss[chosen],
                 price,
             )
-            for other in _neighbours(loss[unit], units.num_bytes[unit], chosen)
+            for other in _neighbours(loss, num_bytes, chosen)
         ]
         text = "; ".join(changes) or "no other option is both allowed and a trade"
         unbound = "; the budget does not bind" if price == 0 else ""
@@ -311,15 +312,16 @@ def _reasons(
     return sentences
 
 
-def _neighbours(loss: np.ndarray, num_bytes: np.ndarray, chosen: int) -> list[int]:
+def _neighbours(loss: list[float], num_bytes: list[int], chosen: int) -> list[int]:
     """Return the next smaller option and the next larger one that loses less, where they exist."""
-    smaller = np.isfinite(loss) & (num_bytes < num_bytes[chosen])
-    larger = (num_bytes > num_bytes[chosen]) & (loss < loss[chosen])
+    options = range(len(loss))
+    smaller = [o for o in options if num_bytes[o] < num_bytes[chosen] and loss[o] < math.inf]
+    larger = [o for o in options if num_bytes[o] > num_bytes[chosen] and loss[o] < loss[chosen]]
     found = []
-    if smaller.any():
-        found.append(int(np.lexsort((loss, -num_bytes, ~smaller))[0]))
-    if larger.any():
-        found.append(int(np.lexsort((loss, num_bytes, ~larger))[0]))
+    if smaller:
+        found.append(min(smaller, key=lambda o: (-num_bytes[o], loss[o])))
+    if larger:
+        found.append(min(larger, key=lambda o: (num_bytes[o], loss[o])))
     return found
 
 
