@@ -50,17 +50,28 @@ def corpora() -> list[Corpus]:
             (assets / "heldout.txt").read_text().split(SEPARATOR),
         )
     ]
-    if (SHARED / "models" / "moe_small").is_dir():
-        text = SHARED / "data" / "text" / "train"
-        domains = ("wiki", "code", "math", "stories", "multi", "docs")
-        calibration = [doc for domain in domains for doc in _unpack(text / f"{domain}.txt.xz")]
-        heldout = [
-            document
-            for domain in domains
-            for document in (text / f"{domain}.valid.txt").read_text().split(SEPARATOR)
-        ]
-        found.append(Corpus("moe_small", SHARED / "models" / "moe_small", calibration, heldout))
+    domains = domains_of_moe_small()
+    if domains:
+        calibration = [document for domain in domains for document in domain.calibration]
+        heldout = [document for domain in domains for document in domain.heldout]
+        found.append(Corpus("moe_small", domains[0].model, calibration, heldout))
     return found
+
+
+def domains_of_moe_small() -> list[Corpus]:
+    """Return one corpus per kind of text that ``moe_small`` was trained on; none without it."""
+    model, text = SHARED / "models" / "moe_small", SHARED / "data" / "text" / "train"
+    if not model.is_dir():
+        return []
+    return [
+        Corpus(
+            domain,
+            model,
+            _unpack(text / f"{domain}.txt.xz"),
+            (text / f"{domain}.valid.txt").read_text().split(SEPARATOR),
+        )
+        for domain in ("wiki", "code", "math", "stories", "multi", "docs")
+    ]
 
 
 def _unpack(path: Path) -> list[str]:

@@ -21,8 +21,9 @@ class LayerScores:
         calibration: what these tokens gave, weighted by the squared combine weight.
         num_tokens: how many there are.
         names: the linears and their names.
-        row_weights: ``[out]`` mean squared gradients of each linear; ``None`` to judge by the
-            relative error of all linears of one role in the layer.
+        row_weights: ``[out]`` mean squared gradients of each linear. ``None`` to judge by what is
+            added to the residual stream: the relative error of all linears of one role in the
+            layer, times the energy that the last linear of their block puts out.
     """
 
     def __init__(
@@ -49,12 +50,11 @@ class LayerScores:
             weights = torch.stack([self._observations[m].moments.weight_sum for m in pool])
             shares = smoothed_shares(weights, num_tokens) if len(pool) > 1 else weights / num_tokens
             self._shares.update(zip(pool, shares.tolist(), strict=True))
-            if row_weights is None:
-                output = sum(self._error(linear, linear.weight.float()) for linear in pool)
-                self._norms.update(dict.fromkeys(pool, max(output, 1e-30)))
+        if row_weights is None:
+            self._set_norms(pools)
 
     def loss(self, linear: nn.Linear, difference: torch.Tensor, option: Option) -> float:
-        """Return nats per token (relative error without gradients) of one rounded weight.
+        """Return nats per token (squared error without gradients) of one rounded weight.
 
         Args:
             linear: with its original weight.
@@ -66,6 +66,18 @@ class LayerScores:
         if args is not None:
             error += self._activation_error(linear, 2**args.num_bits - 1)
         return error / self._norms.get(linear, 1.0)
+
+    def _set_norms(self, pools: dict[str, list[nn.Linear]]) -> None:
+        energies = {
+            name: sum(self._error(linear, linear.weight.float()) for linear in pool)
+            for name, pool in pools.items()
+        }
+        # pools are in the order of their first call, so the last of a block is its output
+        of_block = {name.rpartition(".")[0]: energy for name, energy in energies.items()}
+        for name, pool in pools.items():
+            scale = of_block[name.rpartition(".")[0]]
+            norm = energies[name] / scale if energies[name] > 0 and scale > 0 else 1.0
+            self._norms.update(dict.fromkeys(pool, norm))
 
     def _error(self, linear: nn.Linear, difference: torch.Tensor) -> float:
         weights = None if self._row_weights is None else self._row_weights[linear]

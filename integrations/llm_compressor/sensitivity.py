@@ -26,7 +26,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.core.sensitivity import LayerInteraction, SensitivityTable
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration, Observation
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
@@ -35,6 +35,8 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     stacks,
     weight_args,
 )
+from moeq_plugin.integrations.llm_compressor.interactions import measure_interaction
+from moeq_plugin.integrations.llm_compressor.limits import expert_linears
 from moeq_plugin.integrations.llm_compressor.options import DEFAULT_OPTIONS, Option, parse_options
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.parts import Part, domains_of
@@ -50,14 +52,16 @@ class SensitivityConfig:
     """How to measure sensitivities.
 
     Attributes:
-        gradient: take ``g`` from a backward pass through the whole model. Without, every kind of
-            linear of every layer is judged by the relative squared error of its output; for
-            models that do not fit.
+        gradient: take ``g`` from a backward pass through the whole model. Without, losses are
+            squared errors of what a block adds to the residual stream; for models that do not
+            fit.
         gradient_tokens: calibration tokens that the backward pass sees.
         router_weight: what a nat of KL divergence of a router's choice counts, in nats of the
             prediction.
         domain_names: names of the values 0, 1, ... of the data set's column ``domain``.
         undercovered_tokens: an expert with fewer effective tokens is undercovered.
+        interactions: measure whether errors of a layer's experts add up; keeps the layer's
+            weights at every option at once.
     """
 
     gradient: bool = True
@@ -65,6 +69,7 @@ class SensitivityConfig:
     router_weight: float = 0.0
     domain_names: tuple[str, ...] | None = None
     undercovered_tokens: float = 16.0
+    interactions: bool = True
 
     def __post_init__(self) -> None:
         if self.gradient_tokens < 1:
@@ -131,6 +136,8 @@ class SensitivityModifier(Modifier):
     _watch: PaddingWatch | None = PrivateAttr(default=None)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
     _undercovered: list[str] = PrivateAttr(default_factory=list)
+    _interactions: dict[str, LayerInteraction] = PrivateAttr(default_factory=dict)
+    _expert_linears: set[nn.Linear] = PrivateAttr(default_factory=set)
     _domains: tuple[str, ...] = PrivateAttr(default=())
     _table: SensitivityTable | None = PrivateAttr(default=None)
 
@@ -155,6 +162,7 @@ class SensitivityModifier(Modifier):
         self._layers = find_moe_layers(state.model)
         self._names = target_linears(state.model, self._layers, self.targets, self.ignore)
         check_fit(self._names, self._options)
+        self._expert_linears = {m for layer in self._layers for m in expert_linears(layer)}
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -203,6 +211,8 @@ class SensitivityModifier(Modifier):
             ]
             shape = (len(scores), len(self._options))
             self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
+            rounded: dict[nn.Linear, list[torch.Tensor]] = {}
+            in_experts = self._expert_linears if self.config.interactions else set()
             for index, option in enumerate(self._options):
                 if option.scheme is None:
                     for linear in called:
@@ -211,6 +221,10 @@ class SensitivityModifier(Modifier):
                 for linear, difference in self._differences(option, jobs):
                     losses = [score.loss(linear, difference, option) for score in scores]
                     self._losses[self._names[linear]][:, index] = losses
+                    if linear in in_experts:
+                        weight = linear.weight + difference.to(linear.weight.dtype)
+                        rounded.setdefault(linear, []).append(weight)
+            self._measure_interactions(rounded)
         for calibration in (rounding, *(c for _, c in self._judging)):
             calibration.clear_layer()
 
@@ -240,9 +254,21 @@ class SensitivityModifier(Modifier):
             units=unit_labels(names, self._layers, dict(state.model.named_modules())),
             fixed_bytes=other_bytes(state.model, self._names),
             undercovered=tuple(self._undercovered),
+            interactions=self._interactions,
         )
         self._undo.close()
         self.remove_hooks()
+
+    def _measure_interactions(self, rounded: dict[nn.Linear, list[torch.Tensor]]) -> None:
+        _, judging = self._judging[0]
+        for layer in self._layers:
+            first = layer.expert(0).down_proj
+            if first in rounded and layer.experts in judging.samples:
+                weights = None if self._row_weights is None else self._row_weights[first]
+                sample = judging.samples[layer.experts]
+                found = measure_interaction(layer, sample, rounded, weights)
+                if found is not None:
+                    self._interactions[layer.name] = found
 
     def _calibration(self, part: Part, affinity_power: float) -> Calibration:
         return Calibration(

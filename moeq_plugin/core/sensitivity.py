@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,21 @@ import numpy as np
 import torch
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerInteraction:
+    """How far the losses of a layer's experts fail to add up.
+
+    Attributes:
+        eigenvalue: see :class:`moeq_plugin.core.correlation.Certificate`; 1 where they add up.
+        factor: no choice is better than the additive optimum by more; ``None`` without bound.
+        coactivation: ``[experts][experts]``, the share of tokens routed to both.
+    """
+
+    eigenvalue: float
+    factor: float | None
+    coactivation: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class SensitivityTable:
         units: for each target, ``[rows]`` labels; rows of one label get one option.
         fixed_bytes: of all tensors of the checkpoint that belong to no row.
         undercovered: rows that saw too few tokens to be judged by them.
+        interactions: layer name to how its experts' errors interact, where it was measured.
     """
 
     rows: tuple[str, ...]
@@ -44,6 +60,7 @@ class SensitivityTable:
     units: Mapping[str, tuple[str, ...]]
     fixed_bytes: int = 0
     undercovered: tuple[str, ...] = ()
+    interactions: Mapping[str, LayerInteraction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.domains), len(self.rows), len(self.options))
@@ -84,6 +101,7 @@ class SensitivityTable:
             "loss": loss.tolist(),
             "num_bytes": self.num_bytes.tolist(),
             "num_weights": self.num_weights.tolist(),
+            "interactions": {name: vars(found) for name, found in self.interactions.items()},
         }
         Path(path).write_text(json.dumps(content, allow_nan=False) + "\n")
 
@@ -106,6 +124,8 @@ class SensitivityTable:
             for name in ("rows", "options", "domains", "undercovered"):
                 content[name] = tuple(content[name])
             content["units"] = {t: tuple(labels) for t, labels in content["units"].items()}
+            found = content["interactions"]
+            content["interactions"] = {name: LayerInteraction(**of) for name, of in found.items()}
             return cls(**content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a sensitivity table: {error}") from error

@@ -111,16 +111,56 @@ def test_equals_highs(kind, seed):
         assert solution.value <= loss[theirs].sum() * (1 + 1e-12)
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
-def test_a_search_that_runs_out_of_space_still_bounds_the_optimum(seed, groups, options, states):
-    loss, num_bytes, limit = instance(seed, groups, options, whole_losses=bool(seed % 2))
+def medium(seed):
+    """Return 5 to 40 groups whose losses nearly or exactly follow their sizes: hard to close."""
+    rng = np.random.default_rng(seed)
+    shape = int(rng.integers(5, 41)), int(rng.integers(2, 5))
+    num_bytes = rng.integers(0, 60, shape)
+    scatter = rng.choice([0.0, 0.01, 0.1, 1.0])
+    loss = (60 - num_bytes) * np.exp(scatter * rng.normal(0, 1, shape))
+    loss[rng.random(shape) < 0.1] = np.inf
+    loss[~np.isfinite(loss).any(1), 0] = 60.0
+    low = np.where(np.isfinite(loss), num_bytes, 60).min(1).sum()
+    return loss, num_bytes, int(rng.integers(low, num_bytes.max(1).sum() + 1))
 
-    solution = choose_options(loss, num_bytes, limit, max_states=states)
 
-    value, _ = brute_force(loss, num_bytes, limit)
+def dynamic_programming(loss, num_bytes, limit):
+    """Return the least loss, from the best one for every number of bytes up to the limit."""
+    best = np.zeros(limit + 1)
+    for losses, sizes in zip(loss, num_bytes, strict=True):
+        with_option = np.full((len(losses), limit + 1), np.inf)
+        for row, x, size in zip(with_option, losses, sizes, strict=True):
+            row[size:] = best[: max(limit + 1 - size, 0)] + x
+        best = with_option.min(0)
+    return best[-1]
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.integers(0, 2**31))
+def test_equals_dynamic_programming(seed):
+    loss, num_bytes, limit = medium(seed)
+
+    solution = choose_options(loss, num_bytes, limit)
+
     assert solution.num_bytes <= limit
-    assert solution.bound <= value * (1 + 1e-12) <= solution.value * (1 + 2e-12)
+    assert solution.value == pytest.approx(dynamic_programming(loss, num_bytes, limit), rel=1e-11)
+    assert solution.bound == solution.value
+
+
+@pytest.mark.parametrize("states", [1, 3, 10, 30])
+def test_a_search_that_runs_out_of_space_still_bounds_the_optimum(states):
+    missed = 0
+    for seed in range(60):
+        loss, num_bytes, limit = medium(seed)
+
+        solution = choose_options(loss, num_bytes, limit, max_states=states)
+
+        optimum = dynamic_programming(loss, num_bytes, limit)
+        assert solution.num_bytes <= limit
+        assert solution.bound <= optimum * (1 + 1e-11)
+        assert optimum <= solution.value * (1 + 1e-11)
+        missed += solution.value > optimum * (1 + 1e-9)
+    assert missed or states == 30  # the space was too small for some
 
 
 def test_a_search_that_runs_out_of_space_says_so():
