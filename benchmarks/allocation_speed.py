@@ -6,7 +6,7 @@ Synthetic tables of the sizes that real models give: losses are log-normal over 
 fall by 4 per bit and scatter by 15% around that; bytes are packed weights plus 16-bit scales of
 groups of 128, of one shape ("one shape"), of five shapes as in a mixed stack ("few shapes"), or
 without any common divisor ("any size", which no checkpoint has). Five budgets, three seeds.
-HiGHS runs once per size, on "few shapes", where it needs less than a minute.
+HiGHS runs once per size, on "few shapes"; null where it was not done after a minute by the clock.
 Writes ``benchmarks/results/allocation_speed.json``.
 """
 
