@@ -44,7 +44,7 @@ from moeq_plugin.models.moe import find_moe_layers
 RESULT = Path(__file__).parent / "results" / "allocation.json"
 OPTIONS = ["W2A16", "W3A16", "W4A16", "W8A16"]
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
-SEQUENCES, LENGTH, HELDOUT, RANDOM, PAIRS = 64, 256, 24, 3, 50
+SEQUENCES, LENGTH, HELDOUT, RANDOM, PAIRS = 48, 256, 16, 2, 50
 Choice = dict[str, str]
 
 
@@ -55,14 +55,17 @@ def main() -> None:
     quick = (arguments := parser.parse_args()).quick
     torch.set_num_threads(1)
     seeds, sequences = ((0,), 16) if quick else ((0, 1, 2), SEQUENCES)
-    content: dict[str, list] = {"runs": [], "random_allocations": [], "domains": []}
+    content: dict[str, list] = {
+        name: [] for name in ("runs", "random_allocations", "interactions", "domains")
+    }
     for corpus in corpora():
         for seed in seeds:
             began = time.monotonic()
             bench = Bench(corpus, seed, sequences, 8 if quick else HELDOUT)
             content["runs"] += bench.compare()
-            if seed == 0:
+            if seed == seeds[0]:
                 content["random_allocations"].append(bench.predict(5 if quick else PAIRS))
+            content["interactions"] += bench.interactions()
             print(f"{corpus.name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     for seed in seeds if domains_of_moe_small() else ():
@@ -78,13 +81,25 @@ class Bench:
         self.data = corpus.calibration_set(sequences, LENGTH, seed)
         self.model = load(corpus)
         self.table = measure(corpus, self.data, SensitivityConfig())
-        self.without_gradient = measure(corpus, self.data, SensitivityConfig(gradient=False))
+        self.without_gradient = measure(
+            corpus, self.data, SensitivityConfig(gradient=False, interactions=False)
+        )
+        protected = SensitivityConfig(router_weight=0.1, interactions=False)
+        self.protected = measure(corpus, self.data, protected)
         self.rounded = {option: round_to(corpus, self.data, option) for option in OPTIONS}
         batches = corpus.heldout_batches(heldout, LENGTH)
         self.scale = Scale(self.model, batches)
         self.original = {
             name: self.model.get_submodule(name).weight.detach().clone() for name in self.table.rows
         }
+
+    def interactions(self) -> list[dict[str, object]]:
+        """Return how far errors of experts add up, layer by layer."""
+        about = {"model": self.corpus.name, "seed": self.seed}
+        return [
+            {**about, "layer": name, "eigenvalue": found.eigenvalue, "factor": found.factor}
+            for name, found in self.table.interactions.items()
+        ]
 
     def kl(self, choice: Choice) -> float:
         """Return held-out KL with the chosen weights, and W4 where nothing was chosen."""
@@ -102,7 +117,11 @@ class Bench:
         """Return held-out KL of every method, unit and budget."""
         rows = [i for i, name in enumerate(self.table.rows) if ".experts." in name]
         experts = subset(self.table, rows)
-        tables = {"MoEQuant": experts, "MoEQuant, no backward pass": self._unscaled(rows)}
+        tables = {
+            "MoEQuant": experts,
+            "MoEQuant, no backward pass": subset(self.without_gradient, rows),
+            "MoEQuant, routers protected": subset(self.protected, rows),
+        }
         tables |= self._peers(experts)
         whole = {"routed experts": tables, "all linears": {"MoEQuant": self.table}}
         for number in range(RANDOM):
@@ -142,9 +161,6 @@ class Bench:
             "bits_per_weight": bits(table, choice),
             "kl": self.kl(choice),
         }
-
-    def _unscaled(self, rows: Sequence[int]) -> SensitivityTable:
-        return subset(self.without_gradient, rows)
 
     def _peers(self, experts: SensitivityTable) -> dict[str, SensitivityTable]:
         seen = observe(load(self.corpus), torch.tensor(self.data["input_ids"][:16]).split(8))

@@ -49,7 +49,12 @@ class Option:
         return args is None or not args.group_size or linear.weight.shape[1] % args.group_size == 0
 
     def num_bytes(self, linear: nn.Linear) -> int:
-        """Return the bytes of all tensors that a checkpoint stores for the linear's weight."""
+        """Return the bytes of all tensors that a checkpoint stores for the linear's weight.
+
+        Where the option does not fit, the linear keeps what it has.
+        """
+        if not self.fits(linear):
+            return int(linear.weight.nbytes)
         return _stored_bytes(self.name, tuple(linear.weight.shape), linear.weight.dtype)
 
     def describe(self) -> str:
