@@ -388,3 +388,18 @@ def test_refuses_a_file_that_is_no_object(tmp_path):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match="a.json is not an allocation"):
             Allocation.load(tmp_path / "a.json")
+
+
+def test_reasons_name_the_nearest_options_that_are_a_trade():
+    table = SensitivityTable(
+        rows=("up",),
+        options=("w2", "w3", "w4", "w5 but worse", "w6", "w8"),
+        domains=("text",),
+        loss=np.array([[[9.0, 4.0, 1.0, 2.0, 0.5, 0.1]]]),
+        num_bytes=np.array([[2, 3, 4, 5, 6, 8]]) * 10**6,
+        num_weights=np.array([8 * 10**6]),
+        units={"vllm": ("up",)},
+    )
+    assert allocate_bits(table, BitBudget(4.5), robust=True).reasons["up"] == (
+        "w4: w3 would save 1 MB and cost 3 nats; w6 would take 2 MB and save 0.5 nats."
+    )

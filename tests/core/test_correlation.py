@@ -204,3 +204,11 @@ def test_swaps_refuse_a_start_over_the_limit():
     Q = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="the start exceeds the limit of 4 bytes by 3"):
         improve_by_swaps([np.array([0])], [Q], [np.array([[7]])], 4)
+
+
+def test_a_single_change_may_take_the_last_free_byte():
+    Q = torch.zeros(1, 2, 1, 2, dtype=torch.float64)
+    Q[0, 0, 0, 0] = 1.0
+    sizes = [np.array([[1, 4]])]
+    assert improve_by_swaps([np.array([0])], [Q], sizes, 4).choices[0].tolist() == [1]
+    assert improve_by_swaps([np.array([0])], [Q], sizes, 3).choices[0].tolist() == [0]
