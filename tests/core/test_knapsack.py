@@ -249,3 +249,20 @@ def test_worst_ratio_of_many_groups_has_a_small_gap_without_highs():
 
     assert solution.num_bytes <= limit
     assert solution.bound * (1 - 1e-12) <= solution.value <= solution.bound * 1.002
+
+
+def test_a_search_that_stops_for_its_work_alone_still_bounds_the_optimum():
+    # 300 pairs of bytes at one rate never fill an odd limit; the odd byte, worth less, is opened
+    # last, after 300 steps of up to 300 partial choices each
+    loss = np.array([[2.0, 0.0]] * 300 + [[0.5, 0.0]])
+    num_bytes = np.array([[0, 2]] * 300 + [[0, 1]])
+
+    hurried = choose_options(loss, num_bytes, 301, max_states=301)
+
+    assert hurried.value == 300.5
+    assert hurried.bound <= 300
+    assert choose_options(loss, num_bytes, 301).value == 300
+
+
+def test_the_price_is_per_byte():
+    assert choose_options(np.array([[6.0, 1.0]]), np.array([[7, 17]]), 16).price == 0.5
