@@ -18,6 +18,10 @@ import torch
 SCHEMA_VERSION = 1
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
 @dataclass(frozen=True)
 class LayerInteraction:
     """How far the losses of a layer's experts fail to add up.
@@ -70,6 +74,8 @@ class SensitivityTable:
         found = {name: getattr(self, name).shape for name in expected}
         if found != expected:
             raise ValueError(f"arrays must have the shapes {expected}, got {found}")
+        if len(set(self.rows)) < len(self.rows):
+            raise ValueError("every row needs a name of its own")
         bad = [self.rows[row] for row in np.flatnonzero((~(self.loss >= 0)).any((0, 2)))]
         if bad:
             raise ValueError(f"losses must be >= 0 and not NaN; they are not for {bad[:10]}")
@@ -113,7 +119,8 @@ class SensitivityTable:
             ValueError: if the file is not such a table.
         """
         try:
-            content: dict[str, Any] = json.loads(Path(path).read_text())
+            text = Path(path).read_text()
+            content: dict[str, Any] = json.loads(text, parse_constant=_refuse)
             version = content.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise ValueError(f"schema version {version}, expected {SCHEMA_VERSION}")
