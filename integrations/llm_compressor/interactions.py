@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -73,9 +75,28 @@ def _weighted_errors(
         tokens, slots = torch.where(routing.top_k_index == index)
         inputs, weights = rows[tokens], routing.top_k_weights[tokens, slots, None].float()
         original = expert(inputs).float()
-        linears = {n: m for n, m in expert.named_modules() if isinstance(m, nn.Linear)}
+        linears = [m for m in expert.modules() if isinstance(m, nn.Linear)]
         for option in range(options):
-            state = {f"{name}.weight": rounded[m][option] for name, m in linears.items()}
-            output = torch.func.functional_call(expert, state, (inputs,)).float()
+            with _computing_with({linear: rounded[linear][option] for linear in linears}):
+                output = expert(inputs).float()
             errors[tokens, slots, option] = (output - original) * weights
     return errors
+
+
+@contextlib.contextmanager
+def _computing_with(weights: Mapping[nn.Linear, torch.Tensor]) -> Iterator[None]:
+    """Let linears compute with other weights.
+
+    By their outputs, and not by swapping parameters: where the host offloads a module, what is
+    assigned to its parameter is written over what it holds.
+    """
+
+    def replace(linear: nn.Linear, args: tuple[torch.Tensor], _output: Any) -> torch.Tensor:
+        return nn.functional.linear(args[0], weights[linear], linear.bias)
+
+    handles = [linear.register_forward_hook(replace) for linear in weights]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -38,6 +38,8 @@ pytestmark = [
 ]
 
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
+ALLOCATED = ["mixtral allocated", "qwen3_moe allocated"]  # layers differ in scheme
+CASES = FAMILIES + ALLOCATED
 TO_BREAK = "mixtral"  # this family's checkpoint is also damaged on purpose
 VOCABULARY = 512
 PROJECTIONS = {"w1": "gate", "w3": "up", "w2": "down"}  # Mixtral's names for them
@@ -52,7 +54,7 @@ class Checkpoint:
     dequantized: Path  # 16 bit again, with the values that the quantized one stands for
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_every_weight_is_stored_under_its_own_name(family, checkpoints):
     """4 bits leave an error near 0.1 of the weight; another tensor's weight is sqrt(2) away."""
     original, dequantized = (
@@ -67,17 +69,29 @@ def test_every_weight_is_stored_under_its_own_name(family, checkpoints):
         assert (dequantized[name].float() - weight).norm() < 0.5 * weight.norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ALLOCATED)
+def test_the_allocated_layers_differ_in_group_size_and_in_being_quantized(case, checkpoints):
+    tensors = load_file(checkpoints[case].quantized / "model.safetensors")
+    of_layer = {}
+    for name, tensor in tensors.items():
+        if match := re.search(r"layers\.(\d+)\..*experts\.0\.(?:w2|down_proj)\.(\w+)$", name):
+            of_layer.setdefault(match[1], {})[match[2]] = tuple(tensor.shape)
+
+    scales = {of.get("weight_scale") for of in of_layer.values()}
+    assert len(scales) == 3  # groups of 64, groups of 128, and none
+
+
+@pytest.mark.parametrize("family", CASES)
 def test_vllm_finds_every_tensor_in_the_checkpoint(family, exact):
     assert exact[family]["error"] is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_every_expert_arrives_in_its_place_unchanged(family, exact, checkpoints):
     assert exact[family]["experts"] == stored_experts(checkpoints[family].quantized)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_vllm_computes_what_the_quantized_weights_stand_for(family, exact, references):
     reference = references[family]
     floor = mean_kl(reference, exact[f"{family} dequantized"])
@@ -152,7 +166,8 @@ def checkpoints(tmp_path_factory) -> Iterator[dict[str, Checkpoint]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # GPTQ on matrices this small is many times slower on more
     yield {
-        family: quantized_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES
+        case: quantized_checkpoint(case, tmp_path_factory.mktemp(case.replace(" ", "_")))
+        for case in CASES
     }
     torch.set_num_threads(threads)
 
@@ -269,14 +284,20 @@ DAMAGES = {
 }
 
 
-def quantized_checkpoint(family: str, tmp_path: Path) -> Checkpoint:
-    """Write a random model of ``family``, quantized to W4A16 with groups of 128."""
+def quantized_checkpoint(case: str, tmp_path: Path) -> Checkpoint:
+    """Write a random model, quantized to W4A16 with groups of 128 or, allocated, to a mix."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
     from moeq_plugin import MoEQuantModifier as Modifier
 
+    family = case.split()[0]
+    wish = {"scheme": "W4A16"}
+    if case in ALLOCATED:  # what vLLM's kernels for CPUs know
+        options = ["W4A16", "W4A16_G64", "UNQUANTIZED"]
+        ignore = ["re:.*self_attn.*", "lm_head"]  # one layer in 16 bit, the others of both groups
+        wish = {"bits_per_weight": 7.15, "options": options, "ignore": ignore}
     files = Checkpoint(*(tmp_path / form for form in ("original", "quantized", "dequantized")))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -290,7 +311,7 @@ def quantized_checkpoint(family: str, tmp_path: Path) -> Checkpoint:
         model=model,
         processor=tokenizer,
         dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 64] * 8}),
-        recipe=Modifier(scheme="W4A16"),
+        recipe=Modifier(**wish),
         num_calibration_samples=8,
         max_seq_length=64,
     )
