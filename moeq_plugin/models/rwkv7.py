@@ -91,11 +91,12 @@ class RWKV7TimeMix(nn.Module):
     def __init__(self, config: RWKV7Config, layer_index: int) -> None:
         super().__init__()
         hidden, self.num_heads = config.hidden_size, config.hidden_size // config.head_dim
-        scale = partial(ElementwiseScale, 1, 1, hidden)
-        self.x_r, self.x_w, self.x_k = scale(), scale(), scale()
-        self.x_v, self.x_a, self.x_g = scale(), scale(), scale()
-        self.k_k, self.k_a = scale(), scale()
-        self.r_k = ElementwiseScale(self.num_heads, config.head_dim)
+        mix = partial(ElementwiseScale, 1, 1, hidden, first=1, last=0)
+        self.x_r, self.x_w, self.x_k = mix(), mix(), mix()
+        self.x_v, self.x_a, self.x_g = mix(), mix(), mix()
+        self.k_k = ElementwiseScale(1, 1, hidden, first=0.7, last=0.7)
+        self.k_a = ElementwiseScale(1, 1, hidden, first=1, last=1)
+        self.r_k = ElementwiseScale(self.num_heads, config.head_dim, first=0, last=0)
         square = partial(nn.Linear, hidden, hidden, bias=False)
         self.receptance, self.key, self.value, self.output = square(), square(), square(), square()
         self.w1, self.w2, self.w0 = _low_rank(hidden, config.decay_low_rank_dim)
@@ -166,7 +167,7 @@ class RWKV7ChannelMix(nn.Module):
 
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__()
-        self.x_k = ElementwiseScale(1, 1, config.hidden_size)
+        self.x_k = ElementwiseScale(1, 1, config.hidden_size, first=1, last=0)
         self.key = nn.Linear(config.hidden_size, config.intermediate_size or 0, bias=False)
         self.value = nn.Linear(config.intermediate_size or 0, config.hidden_size, bias=False)
 
@@ -226,7 +227,7 @@ class _RWKV7PreTrainedModel(RWKVPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize what transformers does not: a spread of decays, mixes of both tokens."""
+        """Initialize what transformers does not: half of the heads' channels remember long."""
         super()._init_weights(module)
         if isinstance(module, RWKV7TimeMix):
             ramp = torch.linspace(0, 1, module.w0.numel()).view_as(module.w0)
@@ -234,14 +235,6 @@ class _RWKV7PreTrainedModel(RWKVPreTrainedModel):
             init.zeros_(module.a0)
             if module.mixes_values:
                 init.constant_(module.v0, 0.5)
-            init.constant_(module.k_k.weight, 0.7)
-            init.ones_(module.k_a.weight)
-            init.zeros_(module.r_k.weight)
-            for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
-                init.copy_(getattr(module, name).weight, 1 - ramp**0.5)
-        elif isinstance(module, RWKV7ChannelMix):
-            ramp = torch.linspace(0, 1, module.x_k.weight.numel()).view_as(module.x_k.weight)
-            init.copy_(module.x_k.weight, 1 - ramp)
 
 
 class RWKV7Model(_RWKV7PreTrainedModel, RWKVModel):

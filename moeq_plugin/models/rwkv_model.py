@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from moeq_plugin.models.rwkv_parts import LayerState
+from moeq_plugin.models.rwkv_parts import ElementwiseScale, LayerState
 
 State = tuple[LayerState, ...]
 
@@ -44,6 +45,12 @@ class RWKVPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _is_stateful = True
     block_class: type[nn.Module]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ElementwiseScale):
+            init.copy_(module.weight, module.initial())
 
 
 class RWKVModel(RWKVPreTrainedModel):
