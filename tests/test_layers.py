@@ -23,6 +23,10 @@ ALLOWED = {
         "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models", OURS + "report",
         OURS + "integrations.llm_compressor",
     },
+    "integrations/hf": {
+        "torch", "transformers", "compressed_tensors", OURS + "core", OURS + "models",
+        OURS + "integrations.hf",
+    },
 }  # fmt: skip
 # The RWKV models are models of transformers, which has none after version 4. They are the only
 # modules of `models` that may need it: adapters to models of others recognize these without.
@@ -73,6 +77,7 @@ def test_imports_point_one_way_only(path, allowed):
         ("models", "from llmcompressor import oneshot"),
         ("report", "import torch"),
         ("integrations/llm_compressor", "import moeq_plugin.integrations.hf.quantizer"),
+        ("integrations/hf", "import moeq_plugin.integrations.llm_compressor.saving"),
     ],
 )
 def test_a_planted_violation_is_found(part, source):
