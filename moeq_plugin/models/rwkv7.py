@@ -22,6 +22,7 @@ from moeq_plugin.models.rwkv_model import RWKVForCausalLM, RWKVModel, RWKVPreTra
 from moeq_plugin.models.rwkv_parts import (
     ElementwiseScale,
     LayerState,
+    empty_state,
     merge_heads,
     previous_tokens,
     split_heads,
@@ -183,14 +184,11 @@ class RWKV7Block(nn.Module):
 
     def __init__(self, config: RWKV7Config, layer_index: int) -> None:
         super().__init__()
-        self.ln0 = (
-            nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if layer_index == 0 else None
-        )
-        self.ln1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.ln2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=config.norm_eps)
+        self.ln0 = norm() if layer_index == 0 else None
+        self.ln1, self.ln2 = norm(), norm()
         self.att = RWKV7TimeMix(config, layer_index)
         self.ffn = RWKV7ChannelMix(config)
-        self.head_dim = config.head_dim
 
     def forward(
         self,
@@ -204,20 +202,13 @@ class RWKV7Block(nn.Module):
         if self.ln0 is not None:
             hidden = self.ln0(hidden)
         if state is None:
-            state = self._empty_state(hidden)
+            state = empty_state(hidden, self.att.num_heads)
         x = self.ln1(hidden) if mask is None else self.ln1(hidden) * mask
         mixed, v_first, wkv = self.att(x, v_first, mask, state.att_shift, state.wkv)
         hidden = hidden + mixed
         y = self.ln2(hidden) if mask is None else self.ln2(hidden) * mask
         hidden = hidden + self.ffn(y, state.ffn_shift)
         return hidden, v_first, LayerState(x[:, -1], wkv, y[:, -1])
-
-    def _empty_state(self, hidden: torch.Tensor) -> LayerState:
-        batch, _, channels = hidden.shape
-        size, zeros = self.head_dim, hidden.new_zeros(batch, channels)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        wkv = hidden.new_zeros(batch, channels // size, size, size, dtype=dtype)
-        return LayerState(zeros, wkv, zeros)
 
 
 class _RWKV7PreTrainedModel(RWKVPreTrainedModel):
@@ -230,8 +221,8 @@ class _RWKV7PreTrainedModel(RWKVPreTrainedModel):
         """Initialize what transformers does not: half of the heads' channels remember long."""
         super()._init_weights(module)
         if isinstance(module, RWKV7TimeMix):
-            ramp = torch.linspace(0, 1, module.w0.numel()).view_as(module.w0)
-            init.copy_(module.w0, 6 * ramp - 6)
+            ramp = torch.linspace(-6, 0, module.w0.numel(), device=module.w0.device)
+            init.copy_(module.w0, ramp.view_as(module.w0))
             init.zeros_(module.a0)
             if module.mixes_values:
                 init.constant_(module.v0, 0.5)

@@ -122,6 +122,33 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> RWKVForCausalLM:
+        """Load a folder as transformers does, or an official ``.pth`` file.
+
+        Args:
+            pretrained_model_name_or_path: folder or name, or path of a file ending in ``.pth``.
+            *model_args: see transformers; none for a file.
+            **kwargs: see transformers; only ``dtype`` for a file.
+
+        Raises:
+            ValueError: if a file is not of this version or is loaded with other arguments.
+        """
+        path = pretrained_model_name_or_path
+        if not str(path).endswith(".pth"):
+            loaded: RWKVForCausalLM = super().from_pretrained(path, *model_args, **kwargs)
+            return loaded
+        if model_args or kwargs.keys() - {"dtype"}:
+            raise ValueError(f"a .pth file takes only dtype, got {[*model_args, *kwargs]}")
+        from moeq_plugin.models.rwkv_checkpoints import load_pth
+
+        model = load_pth(path, **kwargs)
+        if not isinstance(model, cls):
+            raise ValueError(f"{path} is for {type(model).__name__}, not for {cls.__name__}")
+        return model
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
         return self.lm_head

@@ -23,6 +23,14 @@ class LayerState(NamedTuple):
     ffn_shift: torch.Tensor
 
 
+def empty_state(hidden: torch.Tensor, num_heads: int) -> LayerState:
+    """Return the state before the first token of ``[batch, tokens, hidden]``."""
+    batch, _, channels = hidden.shape
+    size, shift = channels // num_heads, hidden.new_zeros(batch, channels)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return LayerState(shift, hidden.new_zeros(batch, num_heads, size, size, dtype=dtype), shift)
+
+
 class ElementwiseScale(nn.Module):
     """Multiply by a learned ``weight`` of any shape that broadcasts.
 

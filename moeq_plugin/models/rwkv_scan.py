@@ -9,6 +9,8 @@ products of decays lose their small values in less.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import pad
 
@@ -66,11 +68,11 @@ def rwkv7_scan(
     until_end = (total[..., -1:, :] - total).exp()
     k, b, decay = k * until_end, b * until_end, total[..., -1:, :].exp()
     outputs = []
-    for chunk in range(r.shape[2]):
-        u = from_values[:, :, chunk] + from_state[:, :, chunk] @ state.mT
-        outputs.append(r[:, :, chunk] @ state.mT + r_b[:, :, chunk] @ u + inner[:, :, chunk])
-        state = state * decay[:, :, chunk] + u.mT @ b[:, :, chunk]
-        state = state + v[:, :, chunk].mT @ k[:, :, chunk]
+    chunks = _by_chunk(r, r_b, inner, from_values, from_state, v, k, b, decay)
+    for r_c, r_b_c, inner_c, values_c, states_c, v_c, k_c, b_c, decay_c in chunks:
+        u = values_c + states_c @ state.mT
+        outputs.append(r_c @ state.mT + r_b_c @ u + inner_c)
+        state = state * decay_c + u.mT @ b_c + v_c.mT @ k_c
     return torch.cat(outputs, 2)[:, :, :tokens], state
 
 
@@ -114,9 +116,9 @@ def rwkv6_scan(
     k = k * (total[..., -1:, :] - total).to(w.dtype).exp()
     chunk_decay = total[..., -1, :, None].to(w.dtype).exp()
     outputs = []
-    for chunk in range(r.shape[2]):
-        outputs.append(r[:, :, chunk] @ state + inner[:, :, chunk])
-        state = state * chunk_decay[:, :, chunk] + k[:, :, chunk].mT @ v[:, :, chunk]
+    for r_c, k_c, v_c, inner_c, decay_c in _by_chunk(r, k, v, inner, chunk_decay):
+        outputs.append(r_c @ state + inner_c)
+        state = state * decay_c + k_c.mT @ v_c
     return torch.cat(outputs, 2)[:, :, :tokens], state
 
 
@@ -125,3 +127,8 @@ def _in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
     size = min(size, x.shape[2])
     padded: torch.Tensor = pad(x, (0, 0, 0, -x.shape[2] % size))
     return padded.unflatten(2, (-1, size))
+
+
+def _by_chunk(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield one chunk of each tensor; ``unbind``, whose gradient costs one pass for all chunks."""
+    return zip(*(x.unbind(2) for x in tensors), strict=True)
