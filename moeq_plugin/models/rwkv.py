@@ -3,7 +3,7 @@
 Importing this module makes ``AutoModelForCausalLM`` know them all.
 """
 
-from moeq_plugin.models.rwkv4 import guard_initialization
+from moeq_plugin.models.rwkv4 import disable_rescaling, guard_initialization
 from moeq_plugin.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
 from moeq_plugin.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from moeq_plugin.models.rwkv_checkpoints import from_official, load_pth, to_official
@@ -15,6 +15,7 @@ __all__ = [
     "RWKV6ForCausalLM",
     "RWKV7Config",
     "RWKV7ForCausalLM",
+    "disable_rescaling",
     "elementwise_parameters",
     "from_official",
     "guard_initialization",

@@ -1,8 +1,12 @@
-"""RWKV-4 of transformers, made to load after quantization.
+"""RWKV-4 of transformers, made to quantize and to load afterwards.
 
 When a checkpoint is loaded, ``RwkvPreTrainedModel`` initializes every linear by reading its
 ``weight``. A compressed linear has none (``weight_packed`` and others instead), so loading stops
 with an ``AttributeError``. Importing this module keeps such linears away from the initializer.
+
+A model of more than ``rescale_every`` layers also divides weights in place at its first call in
+evaluation mode, which calibration repeats and a saved model carries: see
+:func:`disable_rescaling`.
 """
 
 from __future__ import annotations
@@ -29,6 +33,21 @@ def guard_initialization(model_class: type[Any]) -> None:
 
     setattr(guarded, _GUARD, True)
     model_class._init_weights = guarded
+
+
+def disable_rescaling(model: nn.Module) -> None:
+    """Let an RWKV-4 keep its weights as they were loaded, in place; call it before quantization.
+
+    The rescaling only keeps float16 from overflowing. Without it the logits are the same but for
+    the epsilon of the norms. Being by powers of two, what was rescaled is restored exactly.
+    """
+    base: Any = getattr(model, "rwkv", model)
+    was_training = base.training
+    base.train()
+    if base.layers_are_rescaled:
+        base._rescale_layers()
+    base.config.rescale_every = 0
+    base.train(was_training)
 
 
 guard_initialization(RwkvPreTrainedModel)
