@@ -2,8 +2,9 @@
 
 RWKVQuant (arXiv:2505.03803, after GPTVQ, arXiv:2402.15319) in three steps per column group: fit
 its codebooks to the weights as they stand by now, round vector after vector, compensate. Symbols
-and order of :mod:`moeq_plugin.core.gptq`: columns are stored last first and processed from the
-end, along the rows of ``F`` with ``inverse(H) = F.T @ F``.
+of :mod:`moeq_plugin.core.gptq`: columns are processed from the end, along the rows of ``F`` with
+``inverse(H) = F.T @ F``. Column groups are put in the wanted order for that; the columns of one
+keep theirs.
 
 Rounding the vector ``w`` of columns ``v`` to ``q`` costs ``|(w - q) @ inverse(F[v, v])|^2 / 2``
 once all later columns have adapted. So the nearest centroid is looked up in these coordinates,
