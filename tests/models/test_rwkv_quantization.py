@@ -56,15 +56,14 @@ def test_a_model_is_traced_layer_by_layer(version, masked):
     torch.testing.assert_close(output["logits"], logits(model, inputs["input_ids"]))
 
 
-@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
-def test_every_linear_is_quantized_and_loads_again(version, pipeline, tmp_path):
+def test_every_linear_is_quantized_and_loads_again(version, tmp_path):
     model = tiny_rwkv(version, vocab_size=VOCABULARY, **RANKS[version])
     model = saved_and_loaded(model, tmp_path / "original")
     ids = tokens(2, 40)
     before = logits(model, ids)
 
     recipe = GPTQModifier(config_groups=int4(), ignore=["lm_head"])
-    oneshot(model, recipe, output_dir=tmp_path / "quantized", pipeline=pipeline)
+    oneshot(model, recipe, output_dir=tmp_path / "quantized", pipeline="sequential")
 
     after = logits(model, ids)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
@@ -95,9 +94,8 @@ def tiny_rwkv4(directory, **changes):
     return saved_and_loaded(model, directory)
 
 
-@pytest.mark.parametrize("rescale_every", [6, 1], ids=["no-layer-rescaled", "two-rescaled"])
-def test_rwkv_4_loads_again(rescale_every, tmp_path):
-    model = tiny_rwkv4(tmp_path / "original", rescale_every=rescale_every)
+def test_rwkv_4_loads_again(tmp_path):
+    model = tiny_rwkv4(tmp_path / "original", rescale_every=1)
     ids = tokens(2, 40)
     before = logits(tiny_rwkv4(tmp_path / "copy", rescale_every=0), ids)
 
