@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeq_plugin.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
 ASSETS = Path(__file__).parent / "assets"
-STEPS, BATCH, SEQUENCE, LEARNING_RATE = 400, 4, 256, 4e-3
+STEPS, BATCH, SEQUENCE, LEARNING_RATE = 260, 4, 256, 4e-3
 CHECKPOINT_EVERY = 50
 
 

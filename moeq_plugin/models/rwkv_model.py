@@ -6,6 +6,7 @@ on data or has a cache object, so that llm-compressor can trace it block by bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from moeq_plugin.models.rwkv_parts import ElementwiseScale, LayerState
 
 State = tuple[LayerState, ...]
+_UNUSABLE = ("device_map", "quantization_config", "state_dict", "torch_dtype")
 
 
 @dataclass
@@ -126,25 +128,31 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> RWKVForCausalLM:
-        """Load a folder as transformers does, or an official ``.pth`` file.
+        """Load a folder as transformers does, or a checkpoint of another layout.
+
+        Those are official ``.pth`` files and local folders of flash-linear-attention.
 
         Args:
             pretrained_model_name_or_path: folder or name, or path of a file ending in ``.pth``.
-            *model_args: see transformers; none for a file.
-            **kwargs: see transformers; only ``dtype`` for a file.
+            *model_args: see transformers.
+            **kwargs: see transformers; of those that change the model, another layout takes
+                only ``dtype``.
 
         Raises:
-            ValueError: if a file is not of this version or is loaded with other arguments.
+            ValueError: if another layout is not of this version or comes with such arguments.
         """
         path = pretrained_model_name_or_path
-        if not str(path).endswith(".pth"):
+        load = _loader_of_another_layout(path)
+        if load is None:
             loaded: RWKVForCausalLM = super().from_pretrained(path, *model_args, **kwargs)
             return loaded
-        if model_args or kwargs.keys() - {"dtype"}:
-            raise ValueError(f"a .pth file takes only dtype, got {[*model_args, *kwargs]}")
-        from moeq_plugin.models.rwkv_checkpoints import load_pth
-
-        model = load_pth(path, **kwargs)
+        if unusable := [name for name in _UNUSABLE if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{path} is converted while loading, which takes no {unusable}; "
+                "load it, save_pretrained, and load the new folder with them"
+            )
+        dtype = kwargs.get("dtype")
+        model = load(path, dtype=None if dtype == "auto" else dtype)
         if not isinstance(model, cls):
             raise ValueError(f"{path} is for {type(model).__name__}, not for {cls.__name__}")
         return model
@@ -213,6 +221,15 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
     def _reorder_cache(state: State, beam_idx: torch.Tensor) -> State:
         """Give each beam the state of the beam that it continues."""
         return tuple(LayerState(*(x[beam_idx] for x in layer)) for layer in state)
+
+
+def _loader_of_another_layout(path: Any) -> Callable[..., RWKVForCausalLM] | None:
+    # they build the models that are defined with the help of this module
+    from moeq_plugin.models import rwkv_checkpoints, rwkv_fla
+
+    if str(path).endswith(".pth"):
+        return rwkv_checkpoints.load_pth
+    return rwkv_fla.load_fla_folder if path and rwkv_fla.is_fla_folder(path) else None
 
 
 # Functions of their own: llm-compressor rewrites conditions inside the forward of these models.

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from rwkv_models import VERSIONS, rwkv_tokens, tiny_rwkv
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from moeq_plugin.models.rwkv import (
     RWKV6ForCausalLM,
@@ -114,6 +116,43 @@ def test_vectors_may_lack_their_leading_ones_and_layer_0_may_have_values_to_mix(
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def write_as_fla(model, folder):
+    """Save a model in the names of flash-linear-attention, by its configuration's name too."""
+    model.config.save_pretrained(folder)
+    projections = {"receptance": "r", "key": "k", "value": "v", "output": "o"}
+    top = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
+    norms = {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm", "ffn": "ffn"}
+    tensors = {}
+    for name, tensor in to_official(model.state_dict()).items():
+        first, *rest = name.split(".")
+        if first in top:
+            tensors[f"{top[first]}.{rest[0]}"] = tensor
+            continue
+        index, part, *rest = rest
+        place = f"model.layers.{index}.{norms.get(part, 'attn')}"
+        if part == "att" and rest[0] in projections:
+            tensors[f"{place}.{projections[rest[0]]}_proj.weight"] = tensor
+        elif part == "att" and rest[0] == "ln_x":
+            tensors[f"{place}.g_norm.{rest[1]}"] = tensor
+        elif part == "att" and rest[0][-1] in "012":
+            kind = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[rest[0][-1]]
+            tensors[f"{place}.{rest[0][0]}_lora.lora.{kind}"] = tensor.squeeze().T.contiguous()
+        else:
+            tensors[".".join([place, *rest])] = tensor
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_folder_of_flash_linear_attention_is_read_too(tmp_path):
+    model = tiny_rwkv("rwkv7")
+    write_as_fla(model, tmp_path)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert type(loaded) is RWKV7ForCausalLM
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
 def test_a_file_of_the_other_version_is_refused(version, tensors, tmp_path):
     torch.save(tensors, tmp_path / "model.pth")
     ours, other = RWKV7ForCausalLM, RWKV6ForCausalLM
@@ -122,7 +161,7 @@ def test_a_file_of_the_other_version_is_refused(version, tensors, tmp_path):
 
     with pytest.raises(ValueError, match=f"is for {ours.__name__}, not for {other.__name__}"):
         other.from_pretrained(tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"takes only dtype, got \['device_map'\]"):
+    with pytest.raises(ValueError, match=r"which takes no \['device_map'\]; load it, save_pre"):
         ours.from_pretrained(tmp_path / "model.pth", device_map="auto")
 
 
