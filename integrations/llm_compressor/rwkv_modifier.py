@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, update_offload_parameter
+from compressed_tensors.offload.dist_utils import is_distributed
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
+from torch import distributed, nn
 
 from moeq_plugin.core.channel_power import ChannelPower
 from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight, encode
@@ -190,8 +191,10 @@ class RWKVQuantModifier(MoEQuantModifier):
         super().compress_modules()
         calibration = self._code_calibration
         assert calibration is not None  # made together with that of the base class
-        if torch.distributed.is_initialized():
+        if is_distributed():
             sum_over_ranks(calibration)
+            for power in self._powers.values():
+                _sum_power_over_ranks(power)
         self._check_finite(calibration)
         with torch.no_grad(), disable_offloading():
             for observation in calibration.observations.values():
@@ -334,6 +337,13 @@ class RWKVQuantModifier(MoEQuantModifier):
             f"{len(quantized)} weights in codebooks, {self._record.bits_per_weight:.3f} bits per "
             "quantized weight with all codebooks, scales and zero points"
         )
+
+
+def _sum_power_over_ranks(power: ChannelPower) -> None:
+    tokens = power.square_sum.new_tensor(power.num_tokens)
+    for tensor in (power.square_sum, tokens):
+        distributed.all_reduce(tensor)
+    power.num_tokens = int(tokens)
 
 
 def _scheme(targets: str | list[str], weights: dict[str, Any]) -> QuantizationScheme:

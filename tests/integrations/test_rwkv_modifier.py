@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moeq_plugin.integrations.hf  # noqa: F401
-
 from moeq_plugin import RWKVQuantModifier
 from moeq_plugin.core.channel_power import ChannelPower
 from moeq_plugin.core.codebook import CodebookFormat, encode
