@@ -151,8 +151,11 @@ class RWKV6ChannelMix(nn.Module):
     def forward(self, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Mix ``[batch, tokens, hidden]``; ``before`` is the ``x`` of the token before."""
         dx = previous_tokens(x, before) - x
-        gate: torch.Tensor = self.receptance(x + self.time_maa_r(dx)).sigmoid()
-        return gate * self.value(self.key(x + self.time_maa_k(dx)).relu().square())
+        inner = self.key(x + self.time_maa_k(dx)).relu().square()
+        result: torch.Tensor = self.receptance(x + self.time_maa_r(dx)).sigmoid() * self.value(
+            inner
+        )
+        return result
 
 
 class RWKV6Block(nn.Module):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from moeq_plugin.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
@@ -79,8 +80,8 @@ def from_official(tensors: Tensors, *, dtype: torch.dtype | None = None) -> RWKV
         raise ValueError(f"these tensors do not fit the sizes of the others: {misshapen}")
     model = model_class(config)
     model.load_state_dict(state_dict)
-    model.to(tensors["emb.weight"].dtype if dtype is None else dtype)
-    model.eval()
+    module: nn.Module = model  # transformers' own `to` and `eval` are untyped
+    module.to(tensors["emb.weight"].dtype if dtype is None else dtype).eval()
     return model
 
 

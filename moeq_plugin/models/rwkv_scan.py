@@ -125,8 +125,8 @@ def rwkv6_scan(
 def _in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
     """Return ``[batch, heads, chunks, size, channels]``; zeros at the end change no state."""
     size = min(size, x.shape[2])
-    padded: torch.Tensor = pad(x, (0, 0, 0, -x.shape[2] % size))
-    return padded.unflatten(2, (-1, size))
+    chunks: torch.Tensor = pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    return chunks
 
 
 def _by_chunk(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
