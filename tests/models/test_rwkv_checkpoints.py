@@ -177,6 +177,14 @@ def test_all_missing_and_unexpected_tensors_are_named(version, tensors):
         from_official(tensors)
 
 
+def test_one_tensor_too_many_or_too_few_is_enough(tensors):
+    with pytest.raises(ValueError, match="Missing: none. Unexpected: extra$"):
+        from_official({**tensors, "extra": torch.zeros(1)})
+    del tensors["ln_out.bias"]
+    with pytest.raises(ValueError, match="Missing: ln_out.bias. Unexpected: none$"):
+        from_official(tensors)
+
+
 def test_another_layout_is_refused_with_its_names():
     path = real_file("260123_reverse_L2_only_rwkv7.pth")
 

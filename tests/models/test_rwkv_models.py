@@ -126,6 +126,16 @@ def test_padding_on_the_left_is_as_good_as_none(model):
     torch.testing.assert_close(padded[1:], logits(model, ids[1:]), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_masked_tokens_leave_the_heads_as_they_were(model):
+    state = model(rwkv_tokens(2, 20)).state
+
+    after = model(rwkv_tokens(2, 5), attention_mask=torch.zeros(2, 5), state=state).state
+
+    for layer, before in zip(after, state, strict=True):
+        torch.testing.assert_close(layer.wkv, before.wkv)
+
+
 def test_generate_takes_the_likeliest_token_each_time(model):
     ids = rwkv_tokens(2, 12)
     expected = ids
