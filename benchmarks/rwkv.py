@@ -227,10 +227,11 @@ def distances(found: Evaluation) -> dict[str, float]:
 def describe(model: Any, dense: dict[str, int]) -> dict[str, Any]:
     """Return the bits that quantized weights take and how many have which format."""
     packed = packed_modules(model)
-    bits = weights = scalar = 0
+    bits = weights = scalar = in_codebooks = 0
     for module in packed.values():
         bits += module.form.num_bits(module.matrix_shape)
         weights += module.weight_shape.numel()
+        in_codebooks += module.weight_shape.numel() * isinstance(module, CodebookLinear)
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None:
@@ -242,6 +243,7 @@ def describe(model: Any, dense: dict[str, int]) -> dict[str, Any]:
         "bits_per_weight": bits / weights,
         "num_scalar": scalar,
         "num_codebook": sum(isinstance(m, CodebookLinear) for m in packed.values()),
+        "codebook_frac": in_codebooks / weights,  # of the quantized elements
         "num_elementwise": sum(isinstance(m, CodebookScale) for m in packed.values()),
     }
 
@@ -278,7 +280,7 @@ def measure_file(corpus: Corpus, sequences: int) -> dict[str, float]:
 def tables(content: dict[str, Any]) -> str:
     """Return KL to 16 bit, mean over seeds, with its paired change against GPTQ alone."""
     runs = content["runs"]
-    rows = ["| method | bits | scalar / codebook | KL to 16 bit | against GPTQ only | perplexity |"]
+    rows = ["| method | bits | in codebooks | KL to 16 bit | against GPTQ only | perplexity |"]
     rows.append("|---" * 6 + "|")
     base = {(r["budget"], r["seed"]): r["kl"] for r in runs if r["method"] == "GPTQ only"}
     by_method: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -287,15 +289,36 @@ def tables(content: dict[str, Any]) -> str:
     for (budget, method), of in sorted(by_method.items(), key=lambda item: item[0][0]):
         change = [100 * (r["kl"] / base[budget, r["seed"]] - 1) for r in of]
         error = f" ± {statistics.stdev(change) / len(of) ** 0.5:.1f}" if len(of) > 1 else ""
-        mean = {key: statistics.mean(r[key] for r in of) for key in ("bits_per_weight", "kl")}
-        perplexity = statistics.mean(r["perplexity"] for r in of)
+        keys = ("bits_per_weight", "kl", "codebook_frac", "perplexity")
+        mean = {key: statistics.mean(r[key] for r in of) for key in keys}
+        count = statistics.mean(r["num_codebook"] for r in of)
         rows.append(
-            f"| {method} | {mean['bits_per_weight']:.3f} | {of[0]['num_scalar']} / "
-            f"{of[0]['num_codebook']} | {mean['kl']:.5f} | {statistics.mean(change):+.1f}{error} % "
-            f"| {perplexity:.3f} |"
+            f"| {method} | {mean['bits_per_weight']:.3f} | {count:.0f}, "
+            f"{100 * mean['codebook_frac']:.0f} % | {mean['kl']:.5f} "
+            f"| {statistics.mean(change):+.1f}{error} % | {mean['perplexity']:.3f} |"
         )
     reference = runs[0]["reference_perplexity"]
-    return "\n".join(rows) + f"\n\nPerplexity in 16 bit: {reference:.3f}\n"
+    pairs = [
+        ("3.3", "element-wise weighted", "element-wise unweighted"),
+        ("3.3", "element-wise weighted", "element-wise weighted, no clipping"),
+        ("3.3", "element-wise weighted", "hybrid, proxy by rank"),
+        *((budget, "hybrid, proxy by rank", "hybrid, chance") for budget in BUDGETS),
+        *((budget, "hybrid, proxy by rank", "codebook only") for budget in BUDGETS),
+    ]
+    lines = [paired(by_method[b, one], by_method[b, other]) for b, one, other in pairs]
+    return "\n".join([*rows, "", *lines, "", f"Perplexity in 16 bit: {reference:.3f}", ""])
+
+
+def paired(of_one: list[dict[str, Any]], of_other: list[dict[str, Any]]) -> str:
+    """Return how much larger the KL of one method is than that of another, seed by seed."""
+    pairs = zip(of_one, of_other, strict=True)
+    change = [100 * (one["kl"] / other["kl"] - 1) for one, other in pairs]
+    error = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
+    one, other = of_one[0], of_other[0]
+    return (
+        f"- {one['budget']} bits, {one['method']} against {other['method']}: "
+        f"{statistics.mean(change):+.1f} ± {error:.1f} %"
+    )
 
 
 if __name__ == "__main__":

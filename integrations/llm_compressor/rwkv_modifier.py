@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -129,7 +130,8 @@ class RWKVQuantModifier(MoEQuantModifier):
             ValueError: if the request cannot succeed; nothing has been changed then.
         """
         model = state.model
-        self._as_asked = {"config_groups": self.config_groups, "ignore": list(self.ignore)}
+        asked = ("config_groups", "scheme", "ignore")
+        self._as_asked = {field: copy(getattr(self, field)) for field in asked}
         takes_default = self.config_groups is None and self.scheme is None
         if takes_default:
             self._use_groups({"scalar": _scheme(self.targets, W3_GROUP_64)})
@@ -231,12 +233,13 @@ class RWKVQuantModifier(MoEQuantModifier):
         self._report_bits(state.model)
         done = super().on_finalize(state, **kwargs)
         # the recipe is written from these fields: a run with it should decide for itself again
-        self.config_groups, self.ignore = self._as_asked["config_groups"], self._as_asked["ignore"]
+        for field, value in self._as_asked.items():
+            setattr(self, field, value)
         self._encoded.clear()
         return done
 
     def _use_groups(self, groups: dict[str, QuantizationScheme]) -> None:
-        self.config_groups = groups
+        self.config_groups, self.scheme = groups, None
         self._resolved_config = None  # resolved once from the groups, which have just changed
 
     def _targeted_linears(self, model: nn.Module, kept: dict[str, str]) -> dict[str, nn.Linear]:

@@ -12,6 +12,7 @@ Weights that a server fuses, or the experts of one layer, can be told to decide 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,12 +124,10 @@ def _units(
     return units
 
 
-def _ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """Return ranks from 0; equal values share the mean of their places."""
+def _ranks(values: Mapping[str, float]) -> dict[str, int]:
+    """Return how many values are smaller, so that equal values have equal ranks."""
     ordered = sorted(values.values())
-    first = {value: index for index, value in reversed(list(enumerate(ordered)))}
-    last = {value: index for index, value in enumerate(ordered)}
-    return {name: (first[value] + last[value]) / 2 for name, value in values.items()}
+    return {name: bisect_left(ordered, value) for name, value in values.items()}
 
 
 def _members(

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import dataset, int4, oneshot, tiny_model
-from tiny_rwkv import tiny_rwkv
+from tiny_rwkv import SIZES, tiny_rwkv
 
 pytest.importorskip("llmcompressor")
 
@@ -22,7 +22,7 @@ from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import score_uniformity
-from moeq_plugin.models.packed import packed_modules
+from moeq_plugin.models.packed import CodebookScale, packed_modules
 from moeq_plugin.models.rwkv_parts import ElementwiseScale
 from moeq_plugin.report.record import Basis, RunRecord
 
@@ -61,19 +61,38 @@ def model(tmp_path):
     return tiny_rwkv(tmp_path / "model", torch.float32)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
-def test_the_most_uniform_share_stays_scalar(fraction, model):
-    scores = {n: score_uniformity(m.weight) for n, m in linears(model).items()}
-    expected = choose_scalar(scores, scalar_frac=fraction)
-    names = set(linears(model))
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """Return a model of which six tenths stayed scalar, as it was and where it is; read only."""
+    directory = tmp_path_factory.mktemp("half")
+    model = tiny_rwkv(directory / "model", torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recipe = RWKVQuantModifier(scalar_frac=0.6, codebook=FORM)
+    oneshot(model, recipe, output_dir=str(directory / "out"))
+    return model, before, directory / "out"
 
-    oneshot(model, RWKVQuantModifier(scalar_frac=fraction, codebook=FORM))
+
+def test_the_most_uniform_share_stays_scalar(half):
+    model, before, out = half
+    names = [name.removesuffix(".weight") for name in RunRecord.load(out)[0].uniformity]
+    scores = {name: score_uniformity(before[f"{name}.weight"]) for name in names}
+
+    expected = choose_scalar(scores, scalar_frac=0.6)
 
     packed = packed_modules(model)
-    elementwise = {name for name, m in packed.items() if type(m).__name__ == "CodebookScale"}
-    assert set(packed) - elementwise == names - expected
-    assert {n for n, m in linears(model).items() if hasattr(m, "weight_scale")} == expected
+    elementwise = {name for name, m in packed.items() if isinstance(m, CodebookScale)}
+    assert len(names) == 26
+    assert set(packed) - elementwise == set(names) - expected
+    assert set(linears(model)) == expected
     assert len(elementwise) == 20
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_all_can_have_one_format(fraction, model):
+    oneshot(model, RWKVQuantModifier(scalar_frac=fraction, codebook=FORM, elementwise=None))
+
+    assert len(packed_modules(model)) == (26 if fraction == 0 else 0)
+    assert len(linears(model)) == (0 if fraction == 0 else 26)
 
 
 def test_thresholds_decide_as_in_the_paper(model):
@@ -93,10 +112,8 @@ def test_thresholds_decide_as_in_the_paper(model):
     assert set(scores) - set(packed_modules(model)) == expected
 
 
-def test_embedding_head_norms_and_biases_are_untouched(model):
-    before = {n: p.clone() for n, p in model.named_parameters()}
-
-    oneshot(model, RWKVQuantModifier(scalar_frac=0.5, codebook=FORM))
+def test_embedding_head_norms_and_biases_are_untouched(half):
+    model, before, _ = half
 
     after = dict(model.named_parameters())
     kept = [n for n in before if any(part.startswith(KEPT) for part in n.split("."))]
@@ -121,16 +138,18 @@ def test_codebooks_are_solved_on_the_inputs_of_each_linear(model):
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
-@pytest.mark.parametrize("name", ["x_k", "k_a", "r_k"])
-def test_element_wise_weights_are_fitted_to_what_they_multiply(name, weighted, model):
+def test_element_wise_weights_are_fitted_to_what_they_multiply(weighted, model):
     data = dataset()
-    name = f"model.blocks.0.att.{name}"
-    weight = model.get_submodule(name).weight.detach().clone()
-    power = ChannelPower.zeros(weight.numel())
-    for sequence in inputs_of(model, data)[name]:
-        power.add(sequence.flatten(1), 97.0)
+    names = [f"model.blocks.0.att.{name}" for name in ("x_k", "x_g", "k_k", "k_a", "r_k")]
     form = CodebookFormat(3, 1, group_rows=1, group_columns=32)
-    expected = encode(weight.view(1, -1), form, power.mean() if weighted else None)
+    inputs, expected = inputs_of(model, data), {}
+    for name in names:
+        weight = model.get_submodule(name).weight.detach()
+        power = ChannelPower.zeros(weight.numel())
+        for sequence in inputs[name]:
+            power.add(sequence.flatten(1), 97.0)
+        encoded = encode(weight.reshape(1, -1), form, power.mean() if weighted else None)
+        expected[name] = encoded.decode().view_as(weight)
 
     oneshot(
         model,
@@ -140,9 +159,9 @@ def test_element_wise_weights_are_fitted_to_what_they_multiply(name, weighted, m
         data,
     )
 
-    torch.testing.assert_close(
-        model.get_submodule(name).weight, expected.decode().view_as(weight), rtol=1e-4, atol=1e-5
-    )
+    for name in names:
+        found = model.get_submodule(name).weight
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_batches_and_padding_do_not_change_an_element_wise_codebook(tmp_path):
@@ -160,14 +179,15 @@ def test_batches_and_padding_do_not_change_an_element_wise_codebook(tmp_path):
     torch.testing.assert_close(*weights)
 
 
-def test_low_rank_factors_get_groups_that_fit(model, tmp_path):
-    oneshot(model, RWKVQuantModifier(scalar_frac=1.0), output_dir=str(tmp_path / "out"))
+def test_low_rank_factors_get_groups_that_fit(half):
+    _, before, out = half
+    (run,) = RunRecord.load(out)
 
-    run = json.loads((tmp_path / "out" / "moeq_run.json").read_text())["runs"][0]
-    schemes = {r["name"].split(".")[-1]: r["scheme"] for r in run["linears"]}
-    assert schemes["receptance"] == "W3 int asymmetric group 64"
-    assert schemes["w2"] == "W3 int asymmetric group 16"
-    assert schemes["v2"] == "W3 int asymmetric group 8"
+    schemes = {r.name: r.scheme for r in run.linears if r.scheme.startswith("W")}
+
+    columns = {name: before[f"{name}.weight"].shape[1] for name in schemes}
+    assert schemes == {n: f"W3 int asymmetric group {min(64, c)}" for n, c in columns.items()}
+    assert min(columns.values()) < 64 < max(columns.values())
 
 
 def test_a_fallback_scheme_makes_a_plain_compressed_tensors_checkpoint(model, tmp_path):
@@ -188,6 +208,20 @@ def test_a_fallback_scheme_makes_a_plain_compressed_tensors_checkpoint(model, tm
     assert not packed_modules(model)
 
 
+def test_a_preset_can_be_the_scalar_scheme(tmp_path):
+    widths = [name for name in SIZES if name.endswith(("_size", "_low_rank_dim"))]
+    model = tiny_rwkv(tmp_path / "model", torch.float32, **dict.fromkeys(widths, 128))
+    recipe = RWKVQuantModifier(
+        scheme="W8A16", scalar_frac=0.6, fallback_scheme={"num_bits": 6, "symmetric": True}
+    )
+
+    oneshot(model, recipe)
+
+    bits = [m.quantization_scheme.weights.num_bits for m in linears(model).values()]
+    assert (bits.count(8), bits.count(6)) == (16, 10)
+    assert (recipe.scheme, recipe.config_groups) == ("W8A16", None)
+
+
 def test_schemes_of_the_user_are_used(model):
     recipe = RWKVQuantModifier(config_groups=int4(8), scalar_frac=0.6, codebook=FORM)
 
@@ -198,12 +232,8 @@ def test_schemes_of_the_user_are_used(model):
     assert len(linears(model)) == 16
 
 
-def test_the_record_names_scores_bits_and_every_weight(model, tmp_path):
-    oneshot(
-        model, RWKVQuantModifier(scalar_frac=0.6, codebook=FORM), output_dir=str(tmp_path / "out")
-    )
-
-    (run,) = RunRecord.load(tmp_path / "out")
+def test_the_record_names_scores_bits_and_every_weight(half):
+    (run,) = RunRecord.load(half[2])
     assert len(run.linears) == 26 + 20
     assert {r.basis for r in run.linears} == {Basis.OWN}
     assert all(r.loss is not None and math.isfinite(r.loss) for r in run.linears)
@@ -212,12 +242,8 @@ def test_the_record_names_scores_bits_and_every_weight(model, tmp_path):
     assert 3 < run.bits_per_weight < 6
 
 
-def test_the_recipe_decides_for_itself_again(model, tmp_path):
-    oneshot(
-        model, RWKVQuantModifier(scalar_frac=0.6, codebook=FORM), output_dir=str(tmp_path / "out")
-    )
-
-    (again,) = Recipe.create_instance(str(tmp_path / "out" / "recipe.yaml")).modifiers
+def test_the_recipe_decides_for_itself_again(half):
+    (again,) = Recipe.create_instance(str(half[2] / "recipe.yaml")).modifiers
     assert isinstance(again, RWKVQuantModifier)
     assert (again.scalar_frac, again.codebook, again.ignore) == (0.6, FORM, [])
     assert again.config_groups is None
