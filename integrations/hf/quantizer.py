@@ -95,7 +95,7 @@ class MoEQuantizer(HfQuantizer):  # type: ignore[misc]
             self._scalar.validate_environment(*args, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        pack_modules(model, self.quantization_config.forms(), kwargs.get("dtype"))
+        pack_modules(model, self.quantization_config.forms())
         if self._scalar is not None:
             self._scalar._process_model_before_weight_loading(model, **kwargs)
 

@@ -26,30 +26,21 @@ class PackedWeight(nn.Module):
     """A weight in codebook format.
 
     Args:
-        shape: of the weight.
+        replaced: the plain weight; only its shape, dtype and device count.
         rows: of the matrix that it is encoded as; an element-wise weight is one row.
         form: its format.
-        dtype: of the scales, and of the weight when looked up.
-        device: where to.
     """
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        rows: int,
-        form: CodebookFormat,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, replaced: torch.Tensor, rows: int, form: CodebookFormat) -> None:
         super().__init__()
-        self.weight_shape, self.form = shape, form
-        self.matrix_shape = (rows, shape.numel() // rows)
+        self.weight_shape, self.form = replaced.shape, form
+        self.matrix_shape = (rows, replaced.numel() // rows)
         codebooks = form.grid(self.matrix_shape)
-        blocks = -(-shape.numel() // (32 * form.vector_dim))
+        words = -(-replaced.numel() // (32 * form.vector_dim)) * form.index_bits
         entries = (*codebooks, form.num_centroids, form.vector_dim)
-        self.codes = _constant(torch.empty(blocks * form.index_bits, dtype=torch.int32).to(device))
-        self.codebook = _constant(torch.empty(entries, dtype=torch.int8).to(device))
-        self.scale = _constant(torch.empty(codebooks, dtype=dtype).to(device))
+        self.codes = _constant(replaced.new_empty(words, dtype=torch.int32))
+        self.codebook = _constant(replaced.new_empty(entries, dtype=torch.int8))
+        self.scale = _constant(replaced.new_empty(codebooks))
 
     def fill(self, encoded: CodebookWeight) -> None:
         """Take over an encoded weight of this shape and format."""
@@ -69,9 +60,8 @@ class PackedWeight(nn.Module):
 class CodebookLinear(PackedWeight):
     """``nn.Linear`` that looks its weight up; ``bias`` is kept as it was."""
 
-    def __init__(self, replaced: nn.Linear, form: CodebookFormat, dtype: torch.dtype) -> None:
-        shape, device = replaced.weight.shape, replaced.weight.device
-        super().__init__(shape, len(replaced.weight), form, dtype, device)
+    def __init__(self, replaced: nn.Linear, form: CodebookFormat) -> None:
+        super().__init__(replaced.weight, len(replaced.weight), form)
         self.out_features, self.in_features = replaced.weight.shape
         self.bias = replaced.bias
 
@@ -90,8 +80,8 @@ class CodebookLinear(PackedWeight):
 class CodebookScale(PackedWeight):
     """:class:`ElementwiseScale` that looks its weight up."""
 
-    def __init__(self, replaced: ElementwiseScale, form: CodebookFormat, dtype: torch.dtype):
-        super().__init__(replaced.weight.shape, 1, form, dtype, replaced.weight.device)
+    def __init__(self, replaced: ElementwiseScale, form: CodebookFormat) -> None:
+        super().__init__(replaced.weight, 1, form)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x * weight``."""
@@ -113,15 +103,12 @@ def packed_modules(model: nn.Module) -> dict[str, CodebookLinear | CodebookScale
     }
 
 
-def pack_modules(
-    model: nn.Module, forms: Mapping[str, CodebookFormat], dtype: torch.dtype | None = None
-) -> None:
+def pack_modules(model: nn.Module, forms: Mapping[str, CodebookFormat]) -> None:
     """Replace modules by packed ones whose content is still to be loaded, in place.
 
     Args:
-        model: on any device; packed weights go where the plain ones were.
+        model: in any dtype and on any device; packed weights take those of the plain ones.
         forms: the format of each module by name.
-        dtype: of the scales; ``None`` means that of the weight.
 
     Raises:
         ValueError: if a name is that of no module, or of one that cannot be packed.
@@ -130,9 +117,9 @@ def pack_modules(
     for name, form in forms.items():
         module = modules.get(name)
         if isinstance(module, nn.Linear):
-            packed: PackedWeight = CodebookLinear(module, form, dtype or module.weight.dtype)
+            packed: PackedWeight = CodebookLinear(module, form)
         elif isinstance(module, ElementwiseScale):
-            packed = CodebookScale(module, form, dtype or module.weight.dtype)
+            packed = CodebookScale(module, form)
         else:
             found = type(module).__name__ if module is not None else "no module of that name"
             raise ValueError(

@@ -112,6 +112,19 @@ def test_a_loaded_model_saves_again_until_scalar_weights_are_unpacked(saved, tmp
         again.save_pretrained(tmp_path / "third")
 
 
+def test_another_dtype_can_be_asked_for(saved):
+    model, out = saved["hybrid"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+    name, module = next(iter(packed_modules(loaded).items()))
+    assert module.weight.dtype == torch.float32
+    # the product of codebook and scale is rounded to the dtype
+    original = model.get_submodule(name).weight
+    assert torch.equal(module.weight.bfloat16(), original)
+    assert loaded(input_ids=TOKENS).logits.dtype == torch.float32
+
+
 def test_scalar_weights_are_stored_as_compressed_tensors_does(saved):
     _, out = saved["hybrid"]
 
