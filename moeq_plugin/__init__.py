@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeq_plugin.core.sampling import EBSSConfig
-    from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor import MoEQuantModifier, RWKVQuantModifier
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
 
 __version__ = "0.1.0"
@@ -17,10 +17,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "EBSSConfig": "moeq_plugin.core.sampling",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
+    "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
 }
 
-__all__ = ["EBSSConfig", "MoEQuantModifier", "__version__", "ebss_dataset"]
+__all__ = ["EBSSConfig", "MoEQuantModifier", "RWKVQuantModifier", "__version__", "ebss_dataset"]
 
 
 def __getattr__(name: str) -> Any:

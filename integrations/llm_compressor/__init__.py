@@ -1,6 +1,6 @@
 """Modifiers for llm-compressor, registered with its recipe factory when this package is imported.
 
-YAML recipes find ``MoEQuantModifier`` once this package (or ``moeq_plugin.MoEQuantModifier``) has
+YAML recipes find the modifiers once this package (or ``moeq_plugin.MoEQuantModifier``) has
 been imported; the host has no entry points for third-party modifiers.
 """
 
@@ -12,7 +12,9 @@ except ImportError as error:
     ) from error
 
 from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.rwkv_modifier import RWKVQuantModifier
 
-__all__ = ["MoEQuantModifier"]
+__all__ = ["MoEQuantModifier", "RWKVQuantModifier"]
 
-ModifierFactory.register(MoEQuantModifier.__name__, MoEQuantModifier)
+for _modifier in (MoEQuantModifier, RWKVQuantModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)

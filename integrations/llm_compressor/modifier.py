@@ -215,7 +215,7 @@ class MoEQuantModifier(AllocatingModifier):
         calibration = self._calibration
         assert calibration is not None  # the host calls on_calibration_start first
         if is_distributed():
-            _sum_over_ranks(calibration)
+            sum_over_ranks(calibration)
         self._check_finite(calibration)
         with torch.no_grad(), disable_offloading():
             for stack in stacks(self._jobs(calibration), self._max_stack()):
@@ -353,8 +353,12 @@ def _observes_activations(module: nn.Module) -> bool:
     )
 
 
-def _sum_over_ranks(calibration: Calibration) -> None:
-    """Give every rank the second moments and samples of all; each then solves the same problems."""
+def sum_over_ranks(calibration: Calibration) -> None:
+    """Give every rank the second moments and samples of all; each then solves the same problems.
+
+    Args:
+        calibration: what this rank has observed; modified in place.
+    """
     for observation in calibration.observations.values():
         moments = observation.moments
         for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):

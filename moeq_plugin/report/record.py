@@ -55,6 +55,8 @@ class RunRecord:
         linears: one record per targeted linear.
         limits: what a reader of the checkpoint has to know, one sentence each.
         kept: targeted modules left in 16 bit, with the reason.
+        uniformity: where weights were scored, both proxies of each and whether it stayed scalar.
+        bits_per_weight: of the quantized weights with all that is stored for them, where known.
     """
 
     modifier: str
@@ -63,6 +65,8 @@ class RunRecord:
     linears: list[LinearRecord] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    uniformity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bits_per_weight: float | None = None
 
     def count(self, basis: Basis) -> int:
         """Return how many linears rest on ``basis``."""

@@ -1,0 +1,129 @@
+"""Load checkpoints with codebook weights in transformers: ``quant_method: moeq``.
+
+Weights in codebook format stay packed in memory and are looked up when they run; the scalar ones
+are compressed-tensors' own, unpacked by it before the first run. ``model.dequantize()`` makes all
+of them plain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationStatus
+from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moeq_plugin.core.codebook import CodebookFormat
+from moeq_plugin.models.packed import pack_modules, unpack_modules
+
+FORMAT_VERSION = 1
+METHOD = "moeq"
+
+
+@register_quantization_config(METHOD)
+class MoEQuantConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a checkpoint with codebook weights.
+
+    Args:
+        codebooks: for each format the fields of :class:`CodebookFormat` and ``targets``, the names
+            of the modules that have it.
+        scalar: the compressed-tensors configuration of the other quantized weights, if any.
+        format_version: what wrote it.
+        dequantize: make all weights plain once they are loaded.
+        quant_method: always ``moeq``.
+
+    Raises:
+        ValueError: if another version of the format wrote it.
+    """
+
+    def __init__(
+        self,
+        codebooks: list[dict[str, Any]],
+        scalar: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        dequantize: bool = False,
+        quant_method: str = METHOD,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has codebook format version {format_version}, this package reads "
+                f"{FORMAT_VERSION}: install the version of moeq-plugin that wrote it"
+            )
+        self.codebooks, self.scalar = codebooks, scalar
+        self.format_version, self.dequantize = format_version, dequantize
+        self.quant_method = quant_method
+
+    def forms(self) -> dict[str, CodebookFormat]:
+        """Return the format of every codebook module by name."""
+        forms = {}
+        for group in self.codebooks:
+            fields = {key: value for key, value in group.items() if key != "targets"}
+            forms |= dict.fromkeys(group["targets"], CodebookFormat(**fields))
+        return forms
+
+
+@register_quantizer(METHOD)
+class MoEQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds packed modules before weights are loaded, and leaves the rest to compressed-tensors.
+
+    Args:
+        quantization_config: the checkpoint's section.
+        **kwargs: see ``HfQuantizer``.
+    """
+
+    requires_calibration = True  # an unquantized model is quantized by oneshot, not here
+    quantization_config: MoEQuantConfig
+
+    def __init__(self, quantization_config: MoEQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._scalar: CompressedTensorsHfQuantizer | None = None
+        if quantization_config.scalar is not None:
+            section = {**quantization_config.scalar, "dequantize": quantization_config.dequantize}
+            config = CompressedTensorsConfig(**section)
+            self._scalar = CompressedTensorsHfQuantizer(config, **kwargs)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Leave it to compressed-tensors: codebooks need nothing that is not here."""
+        if self._scalar is not None:
+            self._scalar.validate_environment(*args, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        pack_modules(model, self.quantization_config.forms())
+        if self._scalar is not None:
+            self._scalar._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._scalar is not None:
+            self._scalar._process_model_after_weight_loading(model, **kwargs)
+        if self.quantization_config.dequantize:
+            unpack_modules(model)
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        if self._scalar is not None and self._is_compressed():
+            self._scalar.compressor.decompress_model(model)
+        unpack_modules(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Say whether a loaded model can be saved again: not once scalar weights are unpacked."""
+        return self._is_compressed()
+
+    def _is_compressed(self) -> bool:
+        if self._scalar is None:
+            return True
+        status = self._scalar.compressor.quantization_config.quantization_status
+        return bool(status == QuantizationStatus.COMPRESSED)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that indices cannot be trained."""
+        return False

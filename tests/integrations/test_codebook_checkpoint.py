@@ -1,0 +1,181 @@
+"""What is saved with codebooks: small, reloads in a fresh process, runs packed."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import dataset, oneshot
+from safetensors import safe_open
+from tiny_rwkv import tiny_rwkv
+
+pytest.importorskip("llmcompressor")
+
+from transformers import AutoModelForCausalLM
+
+import moeq_plugin.integrations.hf  # noqa: F401
+from moeq_plugin import RWKVQuantModifier
+from moeq_plugin.core.codebook import CodebookFormat
+from moeq_plugin.models.packed import packed_modules
+from moeq_plugin.report.record import RunRecord
+
+FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
+TOKENS = torch.arange(1, 40)[None]
+KINDS = {"hybrid": {"scalar_frac": 0.6}, "codebooks": {"scalar_frac": 0.0}, "grids": {}}
+PROBE = """
+import sys, torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM
+import moeq_plugin.integrations.hf, moeq_plugin.models.rwkv7
+from moeq_plugin.models.packed import packed_modules
+
+tokens = torch.arange(1, 40)[None]
+for directory in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    num_packed = len(packed_modules(model))
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+        text = model.generate(tokens[:, :4], max_new_tokens=8, do_sample=False)
+    assert len(packed_modules(model)) == num_packed
+    torch.save([num_packed, logits, text], directory + "/probe.pt")
+"""
+
+
+def quantize(directory, kind="hybrid", dtype=torch.bfloat16):
+    """Return a quantized model and where it was saved."""
+    model = tiny_rwkv(directory / "model", dtype)
+    recipe = RWKVQuantModifier(**{"scalar_frac": 1.0, "codebook": FORM, **KINDS[kind]})
+    oneshot(model, recipe, output_dir=str(directory / "out"))
+    return model.eval(), directory / "out"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return one quantized model of each kind and where it was saved; read only."""
+    return {kind: quantize(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+def edited(out, tmp_path, **fields):
+    """Return a copy of a checkpoint with other fields in its quantization section."""
+    copy = shutil.copytree(out, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_a_fresh_process_loads_bit_exactly_and_generates_from_packed_weights(saved):
+    directories = [str(out) for _, out in saved.values()]
+    subprocess.run([sys.executable, "-c", PROBE, *directories], check=True)
+
+    for model, out in saved.values():
+        num_packed, logits, text = torch.load(out / "probe.pt")
+        assert num_packed == len(packed_modules(model)) > 0
+        assert torch.equal(logits, model(input_ids=TOKENS).logits)
+        assert text.shape == (1, 12)
+
+
+def test_dequantizing_changes_no_output(saved):
+    _, out = saved["hybrid"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = model(input_ids=TOKENS).logits
+
+    model.dequantize()
+
+    assert not packed_modules(model)
+    assert torch.equal(model(input_ids=TOKENS).logits, expected)
+
+
+def test_a_configuration_can_ask_for_plain_weights(saved, tmp_path):
+    model, out = saved["hybrid"]
+    out = edited(out, tmp_path, dequantize=True)
+
+    plain = AutoModelForCausalLM.from_pretrained(out)
+
+    assert not packed_modules(plain)
+    names = [name for name, _ in plain.named_parameters()]
+    assert not [n for n in names if n.endswith(("codes", "weight_packed"))]
+    assert torch.equal(plain(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+def test_a_loaded_model_saves_again_until_scalar_weights_are_unpacked(saved, tmp_path):
+    model, out = saved["hybrid"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+
+    loaded.save_pretrained(tmp_path / "again")
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    with pytest.raises(ValueError, match="not serializable"):
+        again.save_pretrained(tmp_path / "third")
+
+
+def test_another_dtype_can_be_asked_for(saved):
+    model, out = saved["hybrid"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+    name, module = next(iter(packed_modules(loaded).items()))
+    assert module.weight.dtype == torch.float32
+    # the product of codebook and scale is rounded to the dtype
+    original = model.get_submodule(name).weight
+    assert torch.equal(module.weight.bfloat16(), original)
+    assert loaded(input_ids=TOKENS).logits.dtype == torch.float32
+
+
+def test_scalar_weights_are_stored_as_compressed_tensors_does(saved):
+    _, out = saved["hybrid"]
+
+    with safe_open(out / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["scalar"]["format"] == "pack-quantized"
+    targets = [t for g in config["scalar"]["config_groups"].values() for t in g["targets"]]
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    assert {f"{t}.{p}" for t in targets for p in parts} <= names
+    assert not {f"{t}.weight" for t in targets} & names
+
+
+def test_the_configuration_lists_what_the_record_lists(saved):
+    _, out = saved["hybrid"]
+
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    (run,) = RunRecord.load(out)
+    listed = {t for group in config["codebooks"] for t in group["targets"]}
+    assert listed == {r.name for r in run.linears if r.scheme.startswith("codebook")}
+    scalar = {t for g in config["scalar"]["config_groups"].values() for t in g["targets"]}
+    assert scalar == {n for n, s in run.uniformity.items() if s["scalar"]}
+
+
+def test_the_file_is_as_small_as_the_bits_per_weight_say(tmp_path):
+    """On a model large enough that the file's own index does not count."""
+    model = tiny_rwkv(
+        tmp_path / "model", hidden_size=384, intermediate_size=768, num_hidden_layers=1
+    )
+    whole = sum(p.numel() for p in model.parameters())
+    quantized = sum(p.numel() for n, p in model.named_parameters() if is_quantized(model, n))
+    cheap = CodebookFormat(2, 1, group_rows=64, group_columns=16)
+    recipe = RWKVQuantModifier(scalar_frac=0.8, codebook=cheap, refine_steps=0)
+
+    oneshot(model, recipe, dataset(1), output_dir=str(tmp_path / "out"))
+
+    (run,) = RunRecord.load(tmp_path / "out")
+    stated = quantized * run.bits_per_weight / 8 + (whole - quantized) * 2
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 1.0 <= size / stated <= 1.02
+    assert size < 0.3 * (tmp_path / "model" / "model.safetensors").stat().st_size
+
+
+def is_quantized(model, parameter):
+    name = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+    return name in ("Linear", "ElementwiseScale") and parameter != "lm_head.weight"
+
+
+def test_another_version_of_the_format_is_refused(saved, tmp_path):
+    out = edited(saved["hybrid"][1], tmp_path, format_version=7)
+
+    with pytest.raises(ValueError, match="format version 7, this package reads 1: install"):
+        AutoModelForCausalLM.from_pretrained(out)

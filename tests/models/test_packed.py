@@ -1,0 +1,117 @@
+"""Packed modules are the plain ones whose weights were encoded."""
+
+import pytest
+import torch
+from torch import nn
+
+from moeq_plugin.core.codebook import CodebookFormat, encode
+from moeq_plugin.models.packed import (
+    CodebookLinear,
+    CodebookScale,
+    pack_modules,
+    packed_modules,
+    unpack_modules,
+)
+from moeq_plugin.models.rwkv_parts import ElementwiseScale
+
+LINEAR = CodebookFormat(4, 2, group_rows=5, group_columns=16)
+ROW = CodebookFormat(3, 1, group_rows=1, group_columns=48)
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    result = nn.ModuleDict(
+        {
+            "linear": nn.Linear(24, 18),
+            "plain": nn.Linear(24, 18),
+            "shift": ElementwiseScale(1, 1, 24, first=0.0, last=1.0),
+            "heads": ElementwiseScale(3, 8, first=-1.0, last=1.0),
+        }
+    )
+    return result.to(dtype)
+
+
+def packed(dtype=torch.float32):
+    plain, result = model(dtype), model(dtype)
+    forms = {"linear": LINEAR, "shift": ROW, "heads": ROW}
+    pack_modules(result, forms)
+    for name, form in forms.items():
+        weight = plain[name].weight.detach()
+        result[name].fill(encode(weight if name == "linear" else weight.reshape(1, -1), form))
+    return plain, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_running_packed_is_running_the_encoded_weight(dtype):
+    plain, ours = packed(dtype)
+    x, y = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 5, 3, 8)
+
+    with torch.no_grad():
+        plain["linear"].weight.copy_(encode(plain["linear"].weight, LINEAR).decode())
+        for name in ("shift", "heads"):
+            weight = plain[name].weight
+            weight.copy_(encode(weight.reshape(1, -1), ROW).decode().view_as(weight))
+
+    assert torch.equal(ours["linear"](x), plain["linear"](x))
+    assert torch.equal(ours["shift"](x), plain["shift"](x))
+    assert torch.equal(ours["heads"](y), plain["heads"](y))  # float32 inputs of a bfloat16 weight
+    assert ours["linear"](x).dtype == dtype
+
+
+def test_unpacking_gives_plain_modules_with_the_same_outputs():
+    _, ours = packed(torch.bfloat16)
+    x, y = torch.randn(2, 24).bfloat16(), torch.randn(2, 3, 8)
+    before = ours["linear"](x), ours["shift"](x), ours["heads"](y)
+
+    unpack_modules(ours)
+
+    assert packed_modules(ours) == {}
+    assert [type(ours[n]) for n in ("linear", "shift", "heads")] == [
+        nn.Linear, ElementwiseScale, ElementwiseScale,
+    ]  # fmt: skip
+    assert ours["heads"].weight.shape == (3, 8)
+    after = ours["linear"](x), ours["shift"](x), ours["heads"](y)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_state_holds_indices_codebooks_and_scales_only():
+    _, ours = packed(torch.bfloat16)
+
+    state = ours.state_dict()
+
+    assert {k: (v.dtype, v.numel()) for k, v in state.items() if k.startswith("linear.")} == {
+        "linear.codes": (torch.int32, -(-18 * 12 // 32) * 4),
+        "linear.codebook": (torch.int8, 4 * 2 * 16 * 2),
+        "linear.scale": (torch.bfloat16, 4 * 2),
+        "linear.bias": (torch.bfloat16, 18),
+    }
+    fresh = model(torch.bfloat16)
+    pack_modules(fresh, {"linear": LINEAR, "shift": ROW, "heads": ROW})
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh["linear"].weight, ours["linear"].weight)
+
+
+def test_casting_the_model_casts_the_weight():
+    _, ours = packed()
+
+    ours.to(torch.float16)
+
+    assert ours["linear"].weight.dtype == torch.float16
+    assert ours["linear"](torch.randn(2, 24).half()).dtype == torch.float16
+
+
+def test_modules_that_were_not_named_stay():
+    plain, ours = packed()
+
+    assert list(packed_modules(ours)) == ["linear", "shift", "heads"]
+    assert torch.equal(ours["plain"].weight, plain["plain"].weight)
+    assert isinstance(ours["linear"], CodebookLinear)
+    assert isinstance(ours["heads"], CodebookScale)
+
+
+@pytest.mark.parametrize(("name", "found"), [("no.such", "no module"), ("norm", "LayerNorm")])
+def test_refuses_what_cannot_be_packed(name, found):
+    ours = nn.ModuleDict({"norm": nn.LayerNorm(3)})
+
+    with pytest.raises(ValueError, match=f"{name} should be a linear .* has {found}"):
+        pack_modules(ours, {name: LINEAR})
