@@ -42,7 +42,7 @@ SEQUENCES, LENGTH, HELDOUT = 32, 256, 48
 SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS = 32, 512, 3
 BEAM = 4
 SAMPLED: dict[str, dict[str, object]] = {
-    "ancestral": {"prefix_tokens": LENGTH - 1},
+    "ancestral": {},
     "beam, tau inf": {"tau": math.inf},
     "EBSS, tau 1.2": {"tau": 1.2},
     "EBSS, tau 0.3": {"tau": 0.3},

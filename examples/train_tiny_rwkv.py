@@ -7,8 +7,8 @@ so that weights quantize in groups of 64.
     python examples/train_tiny_rwkv.py [--output FOLDER] [--steps N]
 
 writes ``tiny_rwkv/`` (a Hugging Face folder, 3.3 MB). It takes a quarter of an hour on one busy
-CPU core, and is better for more steps; an interrupted run continues from its last checkpoint. The shipped files were made by
-CPython 3.11.7, whose standard library is the data.
+CPU core, and is better for more steps; an interrupted run continues from its last checkpoint. The
+shipped files were made by CPython 3.11.7, whose standard library is the data.
 """
 
 import argparse

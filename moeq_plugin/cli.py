@@ -30,7 +30,9 @@ def sample(
     num_sequences: Annotated[int, typer.Option(help="sequences")] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per sequence, start included")] = 512,
     beam_width: Annotated[int, typer.Option(help="branches per sequence; 1 is greedy")] = 4,
-    tau: Annotated[float, typer.Option(help="smaller balances more; inf not at all")] = 1.2,
+    tau: Annotated[
+        float | None, typer.Option(help="search for balance, 1.2 in the paper; default: sample")
+    ] = None,
     prefix_tokens: Annotated[int, typer.Option(help="tokens sampled before the search")] = 3,
     no_repeat_ngram: Annotated[int | None, typer.Option(help="n-grams that may not repeat")] = None,
     global_balance: Annotated[bool, typer.Option(help="balance the set, not the sequence")] = False,
@@ -192,7 +194,7 @@ def _measure(
 
 
 def _oneshot(model: str, recipe: Any, **arguments: Any) -> None:
-    from llmcompressor.entrypoints import oneshot
+    from llmcompressor.entrypoints.oneshot import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")

@@ -20,10 +20,13 @@ from transformers.quantizers import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq_plugin.core.codebook import CodebookFormat
-from moeq_plugin.models.packed import pack_modules, unpack_modules
+from moeq_plugin.models.packed import (
+    FORMAT_VERSION,
+    PackedFormat,
+    pack_modules,
+    unpack_modules,
+)
 
-FORMAT_VERSION = 1
 METHOD = "moeq"
 
 
@@ -32,7 +35,7 @@ class MoEQuantConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint with codebook weights.
 
     Args:
-        codebooks: for each format the fields of :class:`CodebookFormat` and ``targets``, the names
+        codebooks: for each format the fields of :class:`PackedFormat` and ``targets``, the names
             of the modules that have it.
         scalar: the compressed-tensors configuration of the other quantized weights, if any.
         format_version: what wrote it.
@@ -60,12 +63,12 @@ class MoEQuantConfig(QuantizationConfigMixin):
         self.format_version, self.dequantize = format_version, dequantize
         self.quant_method = quant_method
 
-    def forms(self) -> dict[str, CodebookFormat]:
+    def forms(self) -> dict[str, PackedFormat]:
         """Return the format of every codebook module by name."""
         forms = {}
         for group in self.codebooks:
             fields = {key: value for key, value in group.items() if key != "targets"}
-            forms |= dict.fromkeys(group["targets"], CodebookFormat(**fields))
+            forms |= dict.fromkeys(group["targets"], PackedFormat(**fields))
         return forms
 
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
-from moeq_plugin.models.packed import pack_modules, packed_modules
-
-FORMAT_VERSION = 1
+from moeq_plugin.core.codebook import CodebookWeight
+from moeq_plugin.models.packed import (
+    FORMAT_VERSION,
+    PackedFormat,
+    pack_modules,
+    packed_modules,
+)
 
 
 @torch.no_grad()
@@ -32,17 +34,11 @@ def keep_packed(model: PreTrainedModel, encoded: Mapping[str, CodebookWeight]) -
         model: the model.
         encoded: what stands for the weight of each module, by name.
     """
-    pack_modules(model, {name: weight.form for name, weight in encoded.items()})
+    pack_modules(model, {name: PackedFormat.of(weight) for name, weight in encoded.items()})
     for name, module in packed_modules(model).items():
         if name in encoded:
             module.fill(encoded[name])
     _describe_on_save(model)
-
-
-def stored_bits(module: nn.Module) -> int:
-    """Return the bits of a packed module: indices, codebooks and scales."""
-    tensors = (module.get_parameter(name) for name in ("codes", "codebook", "scale"))
-    return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _describe_on_save(model: PreTrainedModel) -> None:
@@ -67,7 +63,7 @@ def _describe_on_save(model: PreTrainedModel) -> None:
 
 
 def describe_codebooks(
-    forms: Mapping[str, CodebookFormat], scalar: dict[str, Any] | None
+    forms: Mapping[str, PackedFormat], scalar: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of a checkpoint with codebooks.
 
@@ -75,7 +71,7 @@ def describe_codebooks(
         forms: the format of each packed module by name.
         scalar: the compressed-tensors section of the other weights, ``None`` if there are none.
     """
-    names: dict[CodebookFormat, list[str]] = {}
+    names: dict[PackedFormat, list[str]] = {}
     for name, form in forms.items():
         names.setdefault(form, []).append(name)
     return {

@@ -23,7 +23,7 @@ from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import Gaps, UniformityScore
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration
-from moeq_plugin.integrations.llm_compressor.codebook_saving import keep_packed, stored_bits
+from moeq_plugin.integrations.llm_compressor.codebook_saving import keep_packed
 from moeq_plugin.integrations.llm_compressor.compression import guard, weight_args
 from moeq_plugin.integrations.llm_compressor.hybrid import (
     deciding_together,
@@ -327,7 +327,7 @@ class RWKVQuantModifier(MoEQuantModifier):
 
     def _report_bits(self, model: nn.Module) -> None:
         quantized = packed_modules(model)
-        bits = sum(stored_bits(module) for module in quantized.values())
+        bits = sum(32 * module.packed.numel() for module in quantized.values())
         weights = sum(module.weight_shape.numel() for module in quantized.values())
         for module in model.modules():
             args = weight_args(module)

@@ -39,7 +39,8 @@ def calibrate_on_own_text(state: State, config: EBSSConfig) -> None:
     model = state.model
     logger.info(
         f"no data set given: the model writes its own, {config.num_sequences} sequences of "
-        f"{config.seq_len} tokens with evenly loaded experts (EBSS, seed {config.seed})"
+        f"{config.seq_len} tokens, {'sampled' if config.tau is None else 'balanced by EBSS'} "
+        f"(seed {config.seed})"
     )
     running = running_oneshot()
     # every token to every expert would give the same text, many times slower; and the schemes of

@@ -201,7 +201,7 @@ class BeamSearch:
             imbalance = (
                 grown - base_tokens * expert_imbalance(base_load, base_tokens)
             ) / self.length
-        return imbalance / self._config.tau
+        return imbalance / (self._config.tau or math.inf)  # no tau: nothing is searched for
 
     def _allowed(self, logits: torch.Tensor, *, may_end: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 logits with blocked tokens at ``-inf``, and the log of their sum before.

@@ -13,15 +13,17 @@ import torch
 
 @dataclass(frozen=True)
 class EBSSConfig:
-    """What to sample. The defaults are the paper's where it names any.
+    """What to sample. The other defaults are the paper's where it names any.
 
     Attributes:
         num_sequences: how many.
         seq_len: tokens per sequence, start token included.
         beam_width: branches per sequence.
-        tau: nats per unit of imbalance are ``1 / tau``; ``math.inf`` searches for likely text only.
-        prefix_tokens: tokens after the start that are sampled from the model, unguided, so that
-            sequences differ and begin coherently.
+        tau: nats per unit of imbalance are ``1 / tau``, the paper's is 1.2; ``math.inf`` searches
+            for likely text only. ``None`` does not search: every token is sampled, which
+            calibrates better (docs/ebss.md).
+        prefix_tokens: tokens between the start and a search that are sampled from the model,
+            unguided, so that sequences differ and begin coherently.
         seed: decides start tokens and prefixes; the search itself is deterministic.
         no_repeat_ngram: no sequence contains an n-gram of this size twice; ``None`` allows all.
         min_length: from this length on a branch may end with the end-of-sequence token; ``None``
@@ -35,7 +37,7 @@ class EBSSConfig:
     num_sequences: int = 128
     seq_len: int = 512
     beam_width: int = 4
-    tau: float = 1.2
+    tau: float | None = None
     prefix_tokens: int = 3
     seed: int = 0
     no_repeat_ngram: int | None = None
@@ -52,8 +54,17 @@ class EBSSConfig:
                 ("num_sequences", "at least 1", self.num_sequences >= 1),
                 ("seq_len", "at least 2: a start token and one to predict", self.seq_len >= 2),
                 ("beam_width", "at least 1 (1 is greedy)", self.beam_width >= 1),
-                ("tau", "positive (math.inf turns balancing off)", self.tau > 0),
+                (
+                    "tau",
+                    "None or positive (math.inf: no balancing)",
+                    self.tau is None or self.tau > 0,
+                ),
                 ("prefix_tokens", f"0 to {last} (seq_len - 1)", 0 <= self.prefix_tokens <= last),
+                (
+                    "global_balance",
+                    "False without tau: what is sampled is not balanced",
+                    self.tau is not None or not self.global_balance,
+                ),
                 ("seed", "0 or more", self.seed >= 0),
                 ("no_repeat_ngram", "None or at least 1", ngram is None or ngram >= 1),
                 (

@@ -1,25 +1,74 @@
 """Modules that keep a weight in codebook format, bit-packed, and look it up when they run.
 
-``codes`` (int32 words of indices), ``codebook`` (int8) and ``scale`` are what a checkpoint holds.
-The formats of a model's packed modules are what its configuration holds; both together rebuild it.
+A checkpoint holds one tensor, ``packed``, for each of them, and its configuration their formats;
+both together rebuild them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from moeq_plugin.core.codebook import (
     CodebookFormat,
     CodebookWeight,
-    decode,
     pack_codes,
     unpack_codes,
 )
 from moeq_plugin.models.rwkv_parts import ElementwiseScale
+
+FORMAT_VERSION = 2  # of what PackedFormat packs, and of the configuration that lists the formats
+
+
+@dataclass(frozen=True)
+class PackedFormat(CodebookFormat):
+    """A codebook format, and how a weight in it becomes one int32 tensor.
+
+    Indices come first, 32 of them in ``index_bits`` words, then scales, then codebooks, then zeros
+    up to a whole word. One tensor, because each takes 100 bytes of a safetensors file's index.
+
+    Attributes:
+        scale_dtype: name of the dtype that scales are stored in.
+    """
+
+    scale_dtype: str = field(kw_only=True)
+
+    @classmethod
+    def of(cls, weight: CodebookWeight) -> PackedFormat:
+        """Return the format that stores a weight exactly."""
+        scale_dtype = str(weight.scale.dtype).removeprefix("torch.")
+        return cls(**asdict(weight.form) | {"scale_dtype": scale_dtype})
+
+    def sizes(self, shape: tuple[int, int]) -> list[int]:
+        """Return the bytes of indices, scales, codebooks and padding of a matrix of ``shape``."""
+        scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
+        words = -(-prod(shape) // (32 * self.vector_dim)) * self.index_bits
+        codebooks = prod(self.grid(shape))
+        scales = codebooks * scale_dtype.itemsize
+        entries = codebooks * self.num_centroids * self.vector_dim
+        return [4 * words, scales, entries, -(scales + entries) % 4]
+
+    def pack(self, weight: CodebookWeight) -> torch.Tensor:
+        """Return the ``[words]`` int32 tensor that stands for a weight of this format."""
+        parts = pack_codes(weight.codes, self.index_bits), weight.scale, weight.codebook
+        stored = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+        return pad(stored, (0, -len(stored) % 4)).view(torch.int32)
+
+    def unpack(self, packed: torch.Tensor, shape: tuple[int, int]) -> CodebookWeight:
+        """Return the weight of a matrix of ``shape``, the inverse of :meth:`pack`."""
+        words, scale, codebook, _ = packed.view(torch.uint8).split(self.sizes(shape))
+        vectors, codebooks = (shape[0], shape[1] // self.vector_dim), self.grid(shape)
+        return CodebookWeight(
+            unpack_codes(words.view(torch.int32), self.index_bits, vectors),
+            codebook.view(torch.int8).view(*codebooks, self.num_centroids, self.vector_dim),
+            scale.view(getattr(torch, self.scale_dtype)).view(codebooks),
+            self,
+        )
 
 
 class PackedWeight(nn.Module):
@@ -31,36 +80,32 @@ class PackedWeight(nn.Module):
         form: its format.
     """
 
-    def __init__(self, replaced: torch.Tensor, rows: int, form: CodebookFormat) -> None:
+    like: torch.Tensor  # empty; has the weight's dtype, and follows when the model is cast
+
+    def __init__(self, replaced: torch.Tensor, rows: int, form: PackedFormat) -> None:
         super().__init__()
         self.weight_shape, self.form = replaced.shape, form
         self.matrix_shape = (rows, replaced.numel() // rows)
-        codebooks = form.grid(self.matrix_shape)
-        words = -(-replaced.numel() // (32 * form.vector_dim)) * form.index_bits
-        entries = (*codebooks, form.num_centroids, form.vector_dim)
-        self.codes = _constant(replaced.new_empty(words, dtype=torch.int32))
-        self.codebook = _constant(replaced.new_empty(entries, dtype=torch.int8))
-        self.scale = _constant(replaced.new_empty(codebooks))
+        words = replaced.new_empty(sum(form.sizes(self.matrix_shape)) // 4, dtype=torch.int32)
+        self.packed = nn.Parameter(words, requires_grad=False)
+        self.register_buffer("like", replaced.new_empty(0), persistent=False)
 
     def fill(self, encoded: CodebookWeight) -> None:
         """Take over an encoded weight of this shape and format."""
-        self.codes.copy_(pack_codes(encoded.codes, self.form.index_bits))
-        self.codebook.copy_(encoded.codebook)
-        self.scale.copy_(encoded.scale)
+        self.packed.copy_(self.form.pack(encoded))
 
     @property
     def weight(self) -> torch.Tensor:
-        """Look the weight up, in its shape and in the dtype of ``scale``."""
-        rows, columns = self.matrix_shape
-        shape = (rows, columns // self.form.vector_dim)
-        codes = unpack_codes(self.codes, self.form.index_bits, shape)
-        return decode(codes, self.codebook, self.scale, self.form).view(self.weight_shape)
+        """Look the weight up, in its shape and in the model's dtype."""
+        stored = self.form.unpack(self.packed, self.matrix_shape)
+        encoded = replace(stored, scale=stored.scale.to(self.like.dtype))
+        return encoded.decode().view(self.weight_shape)
 
 
 class CodebookLinear(PackedWeight):
     """``nn.Linear`` that looks its weight up; ``bias`` is kept as it was."""
 
-    def __init__(self, replaced: nn.Linear, form: CodebookFormat) -> None:
+    def __init__(self, replaced: nn.Linear, form: PackedFormat) -> None:
         super().__init__(replaced.weight, len(replaced.weight), form)
         self.out_features, self.in_features = replaced.weight.shape
         self.bias = replaced.bias
@@ -80,7 +125,7 @@ class CodebookLinear(PackedWeight):
 class CodebookScale(PackedWeight):
     """:class:`ElementwiseScale` that looks its weight up."""
 
-    def __init__(self, replaced: ElementwiseScale, form: CodebookFormat) -> None:
+    def __init__(self, replaced: ElementwiseScale, form: PackedFormat) -> None:
         super().__init__(replaced.weight, 1, form)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +148,7 @@ def packed_modules(model: nn.Module) -> dict[str, CodebookLinear | CodebookScale
     }
 
 
-def pack_modules(model: nn.Module, forms: Mapping[str, CodebookFormat]) -> None:
+def pack_modules(model: nn.Module, forms: Mapping[str, PackedFormat]) -> None:
     """Replace modules by packed ones whose content is still to be loaded, in place.
 
     Args:
@@ -133,7 +178,3 @@ def unpack_modules(model: nn.Module) -> None:
     """Replace packed modules by plain ones with the looked-up weights, in place."""
     for name, module in packed_modules(model).items():
         model.set_submodule(name, module.unpacked())
-
-
-def _constant(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

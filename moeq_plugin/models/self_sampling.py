@@ -156,7 +156,7 @@ class SelfSampler:
                 self._on_step(len(batch))
                 if search.is_done:
                     break
-                if step < self._config.prefix_tokens:
+                if self._config.tau is None or step < self._config.prefix_tokens:
                     chance = torch.tensor([rng.random() for rng in chances], device=device)
                     extension = search.sample(logits, load, chance)
                 else:
@@ -208,7 +208,7 @@ def _check(
             f"beam_width must not exceed the {vocabulary - len(special)} tokens of {name} that "
             f"are not special, got {config.beam_width}"
         )
-    longest = config.seq_len - config.prefix_tokens
+    longest = config.seq_len - (0 if config.tau is None else config.prefix_tokens)
     lengths = [1] if prompts is None else [len(prompt) for prompt in prompts]
     wrong = [number for number, length in enumerate(lengths) if not 1 <= length <= longest]
     if wrong or not lengths:

@@ -90,7 +90,8 @@ class Toy:
 
 
 def config(**changes):
-    return EBSSConfig(**{"prefix_tokens": 0, "seq_len": 8, "num_sequences": 1, **changes})
+    guided = {"prefix_tokens": 0, "seq_len": 8, "num_sequences": 1, "tau": 1.2}
+    return EBSSConfig(**{**guided, **changes})
 
 
 class TestExpertImbalance:
@@ -326,9 +327,10 @@ def test_a_vocabulary_that_is_used_up_is_an_error():
         ({"num_sequences": 0}, "num_sequences must be at least 1, got 0"),
         ({"seq_len": 1}, "seq_len must be at least 2: a start token and one to predict, got 1"),
         ({"beam_width": 0}, r"beam_width must be at least 1 \(1 is greedy\), got 0"),
-        ({"tau": 0}, "tau must be positive .* got 0"),
-        ({"tau": -1.0}, "tau must be positive .* got -1.0"),
-        ({"tau": math.nan}, "tau must be positive .* got nan"),
+        ({"tau": 0}, "tau must be None or positive .* got 0"),
+        ({"tau": -1.0}, "tau must be None or positive .* got -1.0"),
+        ({"tau": math.nan}, "tau must be None or positive .* got nan"),
+        ({"tau": None, "global_balance": True}, "global_balance must be False without tau"),
         ({"prefix_tokens": 8}, r"prefix_tokens must be 0 to 7 \(seq_len - 1\), got 8"),
         ({"prefix_tokens": -1}, "prefix_tokens must be 0 to 7 .* got -1"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),

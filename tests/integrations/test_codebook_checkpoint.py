@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import dataset, oneshot
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_rwkv import tiny_rwkv
 
 pytest.importorskip("llmcompressor")
@@ -21,6 +23,7 @@ from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.report.record import RunRecord
 
+SHIPPED = Path(__file__).parents[2] / "examples" / "assets" / "tiny_rwkv"
 FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 TOKENS = torch.arange(1, 40)[None]
 KINDS = {"hybrid": {"scalar_frac": 0.6}, "codebooks": {"scalar_frac": 0.0}, "grids": {}}
@@ -96,7 +99,7 @@ def test_a_configuration_can_ask_for_plain_weights(saved, tmp_path):
 
     assert not packed_modules(plain)
     names = [name for name, _ in plain.named_parameters()]
-    assert not [n for n in names if n.endswith(("codes", "weight_packed"))]
+    assert not [n for n in names if n.endswith("packed")]
     assert torch.equal(plain(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
@@ -151,22 +154,32 @@ def test_the_configuration_lists_what_the_record_lists(saved):
 
 
 def test_the_file_is_as_small_as_the_bits_per_weight_say(tmp_path):
-    """On a model large enough that the file's own index does not count."""
-    model = tiny_rwkv(
-        tmp_path / "model", hidden_size=384, intermediate_size=768, num_hidden_layers=1
-    )
-    whole = sum(p.numel() for p in model.parameters())
-    quantized = sum(p.numel() for n, p in model.named_parameters() if is_quantized(model, n))
+    wide = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 1}
     cheap = CodebookFormat(2, 1, group_rows=64, group_columns=16)
     recipe = RWKVQuantModifier(scalar_frac=0.8, codebook=cheap, refine_steps=0)
 
-    oneshot(model, recipe, dataset(1), output_dir=str(tmp_path / "out"))
+    size, stated = sizes(tiny_rwkv(tmp_path / "model", **wide), recipe, tmp_path / "out")
 
-    (run,) = RunRecord.load(tmp_path / "out")
-    stated = quantized * run.bits_per_weight / 8 + (whole - quantized) * 2
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert 1.0 <= size / stated <= 1.02
     assert size < 0.3 * (tmp_path / "model" / "model.safetensors").stat().st_size
+
+
+def test_so_is_that_of_the_shipped_model_with_the_default_recipe(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16)
+
+    size, stated = sizes(model, RWKVQuantModifier(), tmp_path / "out")
+
+    assert 1.0 <= size / stated <= 1.02
+
+
+def sizes(model, recipe, out):
+    """Return the bytes of the file that a run leaves, and those that its record comes to."""
+    whole = sum(p.numel() for p in model.parameters())
+    quantized = sum(p.numel() for n, p in model.named_parameters() if is_quantized(model, n))
+    oneshot(model, recipe, dataset(1), output_dir=str(out))
+    (run,) = RunRecord.load(out)
+    stated = quantized * run.bits_per_weight / 8 + (whole - quantized) * 2
+    return (out / "model.safetensors").stat().st_size, stated
 
 
 def is_quantized(model, parameter):
@@ -177,5 +190,18 @@ def is_quantized(model, parameter):
 def test_another_version_of_the_format_is_refused(saved, tmp_path):
     out = edited(saved["hybrid"][1], tmp_path, format_version=7)
 
-    with pytest.raises(ValueError, match="format version 7, this package reads 1: install"):
+    with pytest.raises(ValueError, match="format version 7, this package reads 2: install"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_tensor_of_another_size_is_named(saved, tmp_path, capfd):
+    model, out = saved["hybrid"]
+    name = f"{next(iter(packed_modules(model)))}.packed"
+    copy = edited(out, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    assert name in capfd.readouterr().err

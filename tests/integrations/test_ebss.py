@@ -26,7 +26,7 @@ TINY = Path(__file__).parents[2] / "examples" / "assets" / "tiny_moe"
 
 
 def small(**changes):
-    return EBSSConfig(**{"num_sequences": 4, "seq_len": 16, **changes})
+    return EBSSConfig(**{"num_sequences": 4, "seq_len": 16, "tau": 1.2, **changes})
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from moeq_plugin.core.codebook import CodebookFormat, encode
 from moeq_plugin.models.packed import (
     CodebookLinear,
     CodebookScale,
+    PackedFormat,
     pack_modules,
     packed_modules,
     unpack_modules,
@@ -33,12 +34,39 @@ def model(dtype=torch.float32):
 
 def packed(dtype=torch.float32):
     plain, result = model(dtype), model(dtype)
-    forms = {"linear": LINEAR, "shift": ROW, "heads": ROW}
-    pack_modules(result, forms)
-    for name, form in forms.items():
+    encoded = {}
+    for name, form in {"linear": LINEAR, "shift": ROW, "heads": ROW}.items():
         weight = plain[name].weight.detach()
-        result[name].fill(encode(weight if name == "linear" else weight.reshape(1, -1), form))
+        encoded[name] = encode(weight if name == "linear" else weight.reshape(1, -1), form)
+    pack_modules(result, {name: PackedFormat.of(weight) for name, weight in encoded.items()})
+    for name, weight in encoded.items():
+        result[name].fill(weight)
     return plain, result
+
+
+FORMS = [
+    CodebookFormat(1, 1, group_rows=9, group_columns=99),  # one codebook of two bytes
+    CodebookFormat(3, 3, group_rows=2, group_columns=6),
+    LINEAR,
+    CodebookFormat(12, 8, group_rows=9, group_columns=8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_was_packed_is_unpacked(form, dtype):
+    encoded = encode(torch.randn(7, 24, generator=torch.Generator().manual_seed(0)).to(dtype), form)
+    packed_form = PackedFormat.of(encoded)
+
+    words = packed_form.pack(encoded)
+
+    assert words.dtype == torch.int32
+    assert 4 * len(words) == sum(packed_form.sizes((7, 24)))
+    again = packed_form.unpack(words, (7, 24))
+    for name in ("codes", "codebook", "scale"):
+        found, expected = getattr(again, name), getattr(encoded, name)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,14 +107,13 @@ def test_the_state_holds_indices_codebooks_and_scales_only():
 
     state = ours.state_dict()
 
+    codes, codebook, scale = 4 * -(-18 * 12 // 32) * 4, 4 * 2 * 16 * 2, 2 * 4 * 2  # bytes
     assert {k: (v.dtype, v.numel()) for k, v in state.items() if k.startswith("linear.")} == {
-        "linear.codes": (torch.int32, -(-18 * 12 // 32) * 4),
-        "linear.codebook": (torch.int8, 4 * 2 * 16 * 2),
-        "linear.scale": (torch.bfloat16, 4 * 2),
+        "linear.packed": (torch.int32, (codes + codebook + scale) // 4),
         "linear.bias": (torch.bfloat16, 18),
     }
     fresh = model(torch.bfloat16)
-    pack_modules(fresh, {"linear": LINEAR, "shift": ROW, "heads": ROW})
+    pack_modules(fresh, {name: module.form for name, module in packed_modules(ours).items()})
     fresh.load_state_dict(state)
     assert torch.equal(fresh["linear"].weight, ours["linear"].weight)
 
@@ -114,4 +141,4 @@ def test_refuses_what_cannot_be_packed(name, found):
     ours = nn.ModuleDict({"norm": nn.LayerNorm(3)})
 
     with pytest.raises(ValueError, match=f"{name} should be a linear .* has {found}"):
-        pack_modules(ours, {name: LINEAR})
+        pack_modules(ours, {name: PackedFormat(scale_dtype="float32")})

@@ -20,11 +20,18 @@ ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
 
 def small(**changes):
-    return EBSSConfig(**{"num_sequences": 4, "seq_len": 24, **changes})
+    return EBSSConfig(**{"num_sequences": 4, "seq_len": 24, "tau": 1.2, **changes})
 
 
 def sample(model, config, **options):
     return SelfSampler(model, config, **options).run()
+
+
+def test_without_tau_every_token_is_sampled(tmp_path):
+    model = tiny_model("qwen3_moe", tmp_path)
+    sampled = sample(model, small(tau=None))
+    all_prefix = sample(model, small(tau=0.05, prefix_tokens=23))
+    assert [s.input_ids for s in sampled] == [s.input_ids for s in all_prefix]
 
 
 def ids_of(sequences):
@@ -109,7 +116,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path):
 
 class TestBalance:
     def set_of(self, trained, **changes):
-        settings = {"num_sequences": 16, "seq_len": 64, **changes}
+        settings = {"num_sequences": 16, "seq_len": 64, "tau": 1.2, **changes}
         return sample(trained, EBSSConfig(**settings), special_ids=[0])
 
     @staticmethod
@@ -133,7 +140,7 @@ class TestBalance:
 
     def test_is_better_balanced_than_random_tokens_and_ancestral_samples(self, trained):
         balanced = self.set_of(trained, tau=0.05)
-        ancestral = self.set_of(trained, prefix_tokens=63)
+        ancestral = self.set_of(trained, tau=None)
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(1, 2048, (16, 64), generator=generator)
         with RoutingTap(find_moe_layers(trained)) as tap, torch.no_grad():

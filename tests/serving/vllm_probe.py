@@ -18,6 +18,7 @@ routing, attention and everything else stay vLLM's. ``int8_activations`` rounds 
 products per token to 8 bits, as the AMX kernels do.
 """
 
+import copy
 import gc
 import hashlib
 import json
@@ -135,6 +136,7 @@ def emulate_int4_kernels() -> dict[str, bool]:
     from torch.nn.functional import linear, silu
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
     from vllm.model_executor.layers.fused_moe.experts import int4_emulation_moe
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static
@@ -175,6 +177,15 @@ def emulate_int4_kernels() -> dict[str, bool]:
                 weights = topk_weights[tokens, choice].unsqueeze(-1)
                 output.index_add_(0, tokens, (result * weights).to(output.dtype))
 
+    # "emulation" is the name of an int4 backend: layers in 16 bit beside them are to choose freely
+    select = unquantized.select_unquantized_moe_backend
+
+    def select_freely(config: Any) -> Any:
+        config = copy.copy(config)
+        config.moe_backend = "auto"
+        return select(config)
+
+    unquantized.select_unquantized_moe_backend = select_freely
     os.environ["VLLM_DISABLED_KERNELS"] = CPUWNA16LinearKernel.__name__
     register_linear_kernel(EmulatedLinear, PlatformEnum.CPU, "mp")
     int4_emulation_moe.Int4EmulationTritonExperts = EmulatedExperts
