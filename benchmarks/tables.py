@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed results.
+"""Write the tables of the README and the docs from the committed results.
 
     python benchmarks/tables.py [--check]
 
@@ -11,22 +11,45 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE = "GPTQ, all experts"
+HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, paper", "frequency")
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    old = new = readme.read_text()
-    for name, table in (("quality", quality()), ("speed", speed())):
-        block = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        new = re.sub(block, lambda m, t=table: m[1] + t + m[2], new, flags=re.DOTALL)
+    pages = {
+        "README.md": {
+            "quality": quality,
+            "speed": speed,
+            "allocation": partial(allocation, "routed experts", HEADLINE),
+        },
+        "docs/ebss.md": {"sets": sets, "sampling": sampling},
+        "docs/allocation.md": {
+            "experts": partial(allocation, "routed experts", None),
+            "linears": partial(allocation, "all linears", None),
+            "domains": domains,
+            "solver": solver,
+        },
+    }
+    stale = []
+    for name, tables in pages.items():
+        page = ROOT / name
+        old = new = page.read_text()
+        for block, table in tables.items():
+            pattern = rf"(<!-- {block} -->\n).*?(<!-- end -->)"
+            text = table()
+            new = re.sub(pattern, lambda m, t=text: m[1] + t + m[2], new, flags=re.DOTALL)
+        if new != old:
+            stale.append(name)
+        if "--check" not in sys.argv:
+            page.write_text(new)
     if "--check" in sys.argv:
-        sys.exit("README's tables differ from benchmarks/results" if new != old else 0)
-    readme.write_text(new)
+        sys.exit(f"tables differ from benchmarks/results: {stale}" if stale else 0)
 
 
 def quality() -> str:
@@ -69,6 +92,123 @@ def speed() -> str:
                 f"| {median['peak_mib_above_loading']:.0f} | {f'{ratio:.2f}' if ratio else ''} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def sets() -> str:
+    """Return what each kind of calibration set is like and how well it calibrates."""
+    runs = json.loads((RESULTS / "ebss.json").read_text())["quality"]["runs"]
+    of = {(r["model"], r["num_bits"], r["set"], r["seed"]): r for r in runs}
+    models, names = (list(dict.fromkeys(r[key] for r in runs)) for key in ("model", "set"))
+    lines = [
+        "| model | set | KL, W4 | KL, W3 | against natural text, W3 | imbalance | perplexity "
+        "| distinct 4-grams |",
+        "|---" * 8 + "|",
+    ]
+    for model in models:
+        for name in names:
+            seeds = sorted({r["seed"] for r in runs if (r["model"], r["set"]) == (model, name)})
+            kl = [[of[model, bits, name, seed]["kl"] for seed in seeds] for bits in (4, 3)]
+            base = [of[model, 3, "natural text", seed]["kl"] for seed in seeds]
+            change = _change(kl[1], base) if name != "natural text" else ""
+            about = [of[model, 3, name, seed] for seed in seeds]
+            imbalance, perplexity, distinct = (
+                statistics.mean(r[key] for r in about)
+                for key in ("imbalance", "perplexity_of_set", "distinct_4gram")
+            )
+            lines.append(
+                f"| {model} | {name} | {statistics.mean(kl[0]):.5f} | {statistics.mean(kl[1]):.5f} "
+                f"| {change} | {imbalance:.3f} | {perplexity:.3g} | {distinct:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def sampling() -> str:
+    """Return medians of sampling speed over rounds."""
+    runs = json.loads((RESULTS / "ebss.json").read_text())["speed"]["runs"]
+    lines = [
+        "| model | tokens per CPU second, guided | times `generate(num_beams=4)` "
+        "| times the bare cached forwards |",
+        "|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(r["model"] for r in runs):
+        medians = [
+            statistics.median(r[key] for r in runs if r["model"] == model)
+            for key in ("tokens_per_s_guided", "times_generate", "times_forward_only")
+        ]
+        lines.append("| {} | {:.0f} | {:.2f} | {:.2f} |".format(model, *medians))
+    return "\n".join(lines) + "\n"
+
+
+def allocation(scope: str, only: Sequence[str] | None) -> str:
+    """Return held-out KL of every method at every budget; a random row is the mean of several."""
+    runs = json.loads((RESULTS / "allocation.json").read_text())["runs"]
+    runs = [{**r, "method": re.sub(r"random \d", "random", r["method"])} for r in runs]
+    runs = [r for r in runs if r["scope"] == scope and (only is None or r["method"] in only)]
+    budgets = sorted({r["budget"] for r in runs})
+    lines = [
+        "| model | one scheme per | scores | " + " | ".join(f"{b:g}" for b in budgets) + " |",
+        "|---" * (len(budgets) + 3) + "|",
+    ]
+    for model in dict.fromkeys(r["model"] for r in runs):
+        for unit in dict.fromkeys(r["unit"] for r in runs):
+            for method in dict.fromkeys(r["method"] for r in runs):
+                key = (model, unit, method)
+                found = [r for r in runs if (r["model"], r["unit"], r["method"]) == key]
+                if not found:
+                    continue
+                cells = [_mean_of(found, budget) for budget in budgets]
+                lines.append(f"| {model} | {unit} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def domains() -> str:
+    """Return the mean and the worst domain's KL relative to uniform bits."""
+    runs = json.loads((RESULTS / "allocation.json").read_text())["domains"]
+    lines = [
+        "| bits per weight | allocation | mean KL | worst domain, times uniform |",
+        "|---" * 4 + "|",
+    ]
+    for budget in sorted({r["budget"] for r in runs}):
+        for method in dict.fromkeys(r["method"] for r in runs):
+            means, worst = [], []
+            for seed in sorted({r["seed"] for r in runs}):
+                of = {
+                    r["method"]: r["kl"] for r in runs if (r["seed"], r["budget"]) == (seed, budget)
+                }
+                means.append(statistics.mean(of[method].values()))
+                worst.append(max(of[method][d] / of["uniform"][d] for d in of["uniform"]))
+            lines.append(
+                f"| {budget:g} | {method} | {statistics.mean(means):.4f} "
+                f"| {statistics.mean(worst):.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def solver() -> str:
+    """Return how long the exact solution takes, reasons included."""
+    found = json.loads((RESULTS / "allocation_speed.json").read_text())
+    lines = [
+        "| groups x options | median CPU s | worst CPU s | worst gap | HiGHS CPU s |",
+        "|---" * 5 + "|",
+    ]
+    for size, of in found.items():
+        ours = [entry for name, entry in of.items() if not name.startswith("HiGHS")]
+        (highs,) = (entry for name, entry in of.items() if name.startswith("HiGHS"))
+        median = max(entry["median_cpu_s"] for entry in ours)
+        worst, gap = (max(entry[key] for entry in ours) for key in ("max_cpu_s", "worst_gap"))
+        other = f"{highs['cpu_s']:.2f}" if highs.get("cpu_s") else "not in 60 s"
+        lines.append(f"| {size} | {median:.3f} | {worst:.3f} | {gap:g} | {other} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_of(runs: Sequence[dict], budget: float) -> str:
+    return f"{statistics.mean(r['kl'] for r in runs if r['budget'] == budget):.4f}"
+
+
+def _change(ours: Sequence[float], base: Sequence[float]) -> str:
+    change = [100 * (a / b - 1) for a, b in zip(ours, base, strict=True)]
+    error = statistics.stdev(change) / len(change) ** 0.5
+    return f"{statistics.mean(change):+.1f} ± {error:.1f} %"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from moeq_plugin.integrations.llm_compressor.limits import (
     storage_limits,
 )
 from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.report.model_card import save_model_card
 from moeq_plugin.report.record import RunRecord, save_records
 
 
@@ -70,7 +71,9 @@ def _write_on_save(
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         save_pretrained(save_directory, *args, **kwargs)
-        save_records([record for record, _ in noted], Path(save_directory))
+        records = [record for record, _ in noted]
+        save_records(records, Path(save_directory))
+        save_model_card(records, Path(save_directory))
         for _, save_more in noted:
             save_more(Path(save_directory))
 
