@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moeq_plugin.models.packed import (
     FORMAT_VERSION,
     PackedFormat,
+    check_packed,
     pack_modules,
     unpack_modules,
 )
@@ -103,6 +104,7 @@ class MoEQuantizer(HfQuantizer):  # type: ignore[misc]
             self._scalar._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_packed(model)  # transformers compares no shapes where there is a quantizer
         if self._scalar is not None:
             self._scalar._process_model_after_weight_loading(model, **kwargs)
         if self.quantization_config.dequantize:

@@ -53,6 +53,10 @@ class PackedFormat(CodebookFormat):
         entries = codebooks * self.num_centroids * self.vector_dim
         return [4 * words, scales, entries, -(scales + entries) % 4]
 
+    def num_words(self, shape: tuple[int, int]) -> int:
+        """Return the length of the tensor that stands for a matrix of ``shape``."""
+        return sum(self.sizes(shape)) // 4
+
     def pack(self, weight: CodebookWeight) -> torch.Tensor:
         """Return the ``[words]`` int32 tensor that stands for a weight of this format."""
         parts = pack_codes(weight.codes, self.index_bits), weight.scale, weight.codebook
@@ -86,7 +90,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.weight_shape, self.form = replaced.shape, form
         self.matrix_shape = (rows, replaced.numel() // rows)
-        words = replaced.new_empty(sum(form.sizes(self.matrix_shape)) // 4, dtype=torch.int32)
+        words = replaced.new_empty(form.num_words(self.matrix_shape), dtype=torch.int32)
         self.packed = nn.Parameter(words, requires_grad=False)
         self.register_buffer("like", replaced.new_empty(0), persistent=False)
 
@@ -172,6 +176,22 @@ def pack_modules(model: nn.Module, forms: Mapping[str, PackedFormat]) -> None:
                 f"model has {found} there: the checkpoint belongs to another architecture"
             )
         model.set_submodule(name, packed)
+
+
+def check_packed(model: nn.Module) -> None:
+    """Check that what was loaded into packed modules has the size that their formats say.
+
+    Raises:
+        ValueError: naming the first tensor that has not.
+    """
+    for name, module in packed_modules(model).items():
+        found, expected = module.packed.shape, module.form.num_words(module.matrix_shape)
+        if found != (expected,):
+            raise ValueError(
+                f"{name}.packed should be [{expected}] for {list(module.weight_shape)} weights in "
+                f"{module.form}, but the checkpoint has {list(found)}: its config.json and its "
+                "tensors do not belong together, save it again"
+            )
 
 
 def unpack_modules(model: nn.Module) -> None:
