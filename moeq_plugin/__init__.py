@@ -1,4 +1,4 @@
-"""Quantize Mixture-of-Experts models with llm-compressor without damaging an expert.
+"""Quantize Mixture-of-Experts and RWKV models with llm-compressor without damaging an expert.
 
 The public names load on first use, so that ``import moeq_plugin`` imports no framework. Importing
 a modifier registers it with llm-compressor's recipe factory.
@@ -8,20 +8,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeq_plugin.core.allocation import BitBudget, allocate_bits
     from moeq_plugin.core.sampling import EBSSConfig
+    from moeq_plugin.core.sensitivity import SensitivityTable
     from moeq_plugin.integrations.llm_compressor import MoEQuantModifier, RWKVQuantModifier
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BitBudget": "moeq_plugin.core.allocation",
     "EBSSConfig": "moeq_plugin.core.sampling",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
+    "SensitivityTable": "moeq_plugin.core.sensitivity",
+    "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
 }
 
-__all__ = ["EBSSConfig", "MoEQuantModifier", "RWKVQuantModifier", "__version__", "ebss_dataset"]
+__all__ = [
+    "BitBudget",
+    "EBSSConfig",
+    "MoEQuantModifier",
+    "RWKVQuantModifier",
+    "SensitivityTable",
+    "__version__",
+    "allocate_bits",
+    "ebss_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

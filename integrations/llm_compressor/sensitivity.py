@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.offload import disable_offloading
-from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers import Modifier
@@ -167,8 +166,12 @@ class SensitivityModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Measure gradients, then register the hooks that accumulate second moments."""
-        routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
-        self._undo.enter_context(routed_only)
+        counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
+        self._domains = self._names_of_domains(counts)
+        # by a callback: an abandoned context manager would undo it whenever it is collected
+        flag = "_CALIBRATE_ALL_EXPERTS"
+        self._undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
+        setattr(moe_context, flag, False)
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             gradients = OutputGradients(self._names, self._layers)
@@ -182,8 +185,6 @@ class SensitivityModifier(Modifier):
             self._row_weights = gradients.row_weights()
         self._watch = PaddingWatch(state)
         self._undo.callback(self._watch.listen())
-        counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
-        self._domains = self._names_of_domains(counts)
         self._rounding = self._calibration(Part(self._watch, half=0), self.affinity_power)
         parts = [Part(self._watch, half=1, domain=domain) for domain in sorted(counts)]
         self._judging = [(part, self._calibration(part, 2.0)) for part in parts]
@@ -197,34 +198,14 @@ class SensitivityModifier(Modifier):
         rounding = self._rounding
         assert rounding is not None  # the host calls on_calibration_start first
         with torch.no_grad(), disable_offloading():
-            scores = [
-                LayerScores(judging, part.num_tokens, self._names, self._row_weights)
-                for part, judging in self._judging
-            ]
             jobs = [self._guard(observation) for observation in rounding.observations.values()]
-            called = [linear for job in jobs for linear in job.linears]
             self._undercovered += [
                 self._names[linear]
                 for job in jobs
                 for linear in job.linears
                 if job.effective_tokens < self.config.undercovered_tokens
             ]
-            shape = (len(scores), len(self._options))
-            self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
-            rounded: dict[nn.Linear, list[torch.Tensor]] = {}
-            in_experts = self._expert_linears if self.config.interactions else set()
-            for index, option in enumerate(self._options):
-                if option.scheme is None:
-                    for linear in called:
-                        self._losses[self._names[linear]][:, index] = 0.0
-                    continue
-                for linear, difference in self._differences(option, jobs):
-                    losses = [score.loss(linear, difference, option) for score in scores]
-                    self._losses[self._names[linear]][:, index] = losses
-                    if linear in in_experts:
-                        weight = linear.weight + difference.to(linear.weight.dtype)
-                        rounded.setdefault(linear, []).append(weight)
-            self._measure_interactions(rounded)
+            self._measure_interactions(self._judge(jobs))
         for calibration in (rounding, *(c for _, c in self._judging)):
             calibration.clear_layer()
 
@@ -237,7 +218,9 @@ class SensitivityModifier(Modifier):
                 f"{len(unseen)} linears were never called while calibrating and keep the option "
                 f"with the most bytes: {', '.join(unseen[:5])}"
             )
-        keep = np.where(num_bytes == num_bytes.max(1, keepdims=True), 0.0, np.inf)
+        fits = np.array([[o.fits(m) for o in self._options] for m in self._names])
+        largest = np.where(fits, num_bytes, 0).max(1, keepdims=True)
+        keep = np.where(fits & (num_bytes == largest), 0.0, np.inf)
         names = list(self._names.values())
         num_domains = len(self._judging)
         losses = [
@@ -258,6 +241,30 @@ class SensitivityModifier(Modifier):
         )
         self._undo.close()
         self.remove_hooks()
+
+    def _judge(self, jobs: list[Job]) -> dict[nn.Linear, list[torch.Tensor]]:
+        """Fill in the losses of a layer; return the weights of experts at every option."""
+        scores = [
+            LayerScores(judging, part.num_tokens, self._names, self._row_weights)
+            for part, judging in self._judging
+        ]
+        called = [linear for job in jobs for linear in job.linears]
+        shape = (len(scores), len(self._options))
+        self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
+        rounded: dict[nn.Linear, list[torch.Tensor]] = {}
+        in_experts = self._expert_linears if self.config.interactions else set()
+        for index, option in enumerate(self._options):
+            if option.scheme is None:
+                for linear in called:
+                    self._losses[self._names[linear]][:, index] = 0.0
+                continue
+            for linear, difference in self._differences(option, jobs):
+                losses = [score.loss(linear, difference, option) for score in scores]
+                self._losses[self._names[linear]][:, index] = losses
+                if linear in in_experts:
+                    weight = linear.weight + difference.to(linear.weight.dtype)
+                    rounded.setdefault(linear, []).append(weight)
+        return rounded
 
     def _measure_interactions(self, rounded: dict[nn.Linear, list[torch.Tensor]]) -> None:
         _, judging = self._judging[0]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from moeq_plugin.models.rwkv_parts import ElementwiseScale, LayerState
@@ -112,6 +113,23 @@ class RWKVModel(RWKVPreTrainedModel):
         )
 
 
+def _check_readable(config: PreTrainedConfig) -> None:
+    """Refuse codebook weights where nothing reads them.
+
+    transformers only warns of a quantization that it does not know, and fills in random weights.
+
+    Raises:
+        ImportError: naming the import that is missing.
+    """
+    section: Any = getattr(config, "quantization_config", None) or {}
+    method = section.get("quant_method") if isinstance(section, dict) else section.quant_method
+    if method == "moeq" and method not in AUTO_QUANTIZER_MAPPING:
+        raise ImportError(
+            "the checkpoint has codebook weights (quant_method moeq), which transformers reads "
+            "only after `import moeq_plugin.integrations.hf`; without it they would be random"
+        )
+
+
 class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
     """Token ids to the next token's logits."""
 
@@ -120,6 +138,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        _check_readable(config)
         self.model = self.model_class(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

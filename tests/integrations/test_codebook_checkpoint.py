@@ -205,3 +205,14 @@ def test_a_tensor_of_another_size_is_named(saved, tmp_path):
     message = rf"{name} should be \[\d+\] for .* the checkpoint has \[\d+\]"
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_without_the_reader_codebooks_are_refused_and_not_left_random(saved):
+    _, out = saved["hybrid"]
+    code = (
+        "import moeq_plugin.models.rwkv7\nfrom transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "only after `import moeq_plugin.integrations.hf`" in run.stderr

@@ -180,10 +180,10 @@ def emulate_int4_kernels() -> dict[str, bool]:
     # "emulation" is the name of an int4 backend: layers in 16 bit beside them are to choose freely
     select = unquantized.select_unquantized_moe_backend
 
-    def select_freely(config: Any) -> Any:
-        config = copy.copy(config)
-        config.moe_backend = "auto"
-        return select(config)
+    def select_freely(moe_config: Any) -> Any:
+        moe_config = copy.copy(moe_config)
+        moe_config.moe_backend = "auto"
+        return select(moe_config)
 
     unquantized.select_unquantized_moe_backend = select_freely
     os.environ["VLLM_DISABLED_KERNELS"] = CPUWNA16LinearKernel.__name__
