@@ -361,7 +361,7 @@ def sum_over_ranks(calibration: Calibration) -> None:
     """
     for observation in calibration.observations.values():
         moments = observation.moments
-        for tensor in (moments.hessian, moments.weight_sum, moments.weight_square_sum):
+        for tensor in vars(moments).values():
             distributed.all_reduce(tensor)
     for sample in calibration.samples.values():
         parts: list[Any] = [None] * distributed.get_world_size()

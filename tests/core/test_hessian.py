@@ -141,3 +141,14 @@ class TestShrinkage:
         )
         torch.testing.assert_close(kept, expert.mean())
         torch.testing.assert_close(borrowed, layer.mean())
+
+
+def test_peaks_are_weighted_like_the_second_moments():
+    inputs = torch.tensor([[1.0, -3.0], [2.0, 0.5], [0.0, 0.0]])
+    weighted, plain = SecondMoments.zeros(2), SecondMoments.zeros(2)
+
+    weighted.add(inputs, torch.tensor([0.5, 2.0, 7.0]))
+    plain.add(inputs)
+
+    assert weighted.peak_square_sum.item() == 0.5 * 9 + 2 * 4
+    assert plain.peak_square_sum.item() == 9 + 4

@@ -1,5 +1,7 @@
 """What the modifier accumulates, against float64 brute force, for seven families."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import FAMILIES, dataset, int4, oneshot, tiny_model, tokens
@@ -10,7 +12,6 @@ from compressed_tensors.quantization import disable_quantization
 from datasets import Dataset
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.core.hessian import SecondMoments
 
 
 class Spy(MoEQuantModifier):
@@ -28,12 +29,7 @@ class Spy(MoEQuantModifier):
 
     def compress_modules(self):
         for observation in self._calibration.observations.values():
-            moments = observation.moments
-            copy = SecondMoments(
-                moments.hessian.clone(),
-                moments.weight_sum.clone(),
-                moments.weight_square_sum.clone(),
-            )
+            moments = deepcopy(observation.moments)
             experts = {}
             if observation.seat is not None:
                 layer = observation.seat.layer
@@ -42,7 +38,7 @@ class Spy(MoEQuantModifier):
                 experts = {name: p.detach().clone() for name, p in module.state_dict().items()}
             for linear in observation.linears:
                 self.__dict__["seen"][self._module_names[linear]] = (
-                    copy,
+                    moments,
                     observation.seat,
                     experts,
                 )
