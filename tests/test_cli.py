@@ -35,7 +35,7 @@ def test_sample_writes_a_set_that_any_tool_reads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tau", "0"], "tau must be positive"),
+        (["--tau", "0"], "tau must be None or positive"),
         (["--beam-width", "0"], "beam_width must be at least 1"),
         (["--seq-len", "4096"], "1024"),
     ],
