@@ -19,8 +19,8 @@ ALLOWED = {
     "models": {"torch", OURS + "core", OURS + "models"},
     "report": {"jinja2", "plotly", OURS + "report"},
     "integrations/llm_compressor": {
-        "torch", "numpy", "transformers", "llmcompressor", "compressed_tensors", "datasets", "loguru",
-        "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models", OURS + "report",
+        "torch", "numpy", "transformers", "llmcompressor", "compressed_tensors", "datasets",
+        "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models", OURS + "report",
         OURS + "integrations.llm_compressor",
     },
     "integrations/hf": {
