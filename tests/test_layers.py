@@ -20,8 +20,8 @@ ALLOWED = {
     "report": {"jinja2", "plotly", OURS + "report"},
     "integrations/llm_compressor": {
         "torch", "numpy", "transformers", "llmcompressor", "compressed_tensors", "datasets",
-        "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models", OURS + "report",
-        OURS + "integrations.llm_compressor",
+        "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models",
+        OURS + "report", OURS + "integrations.llm_compressor",
     },
     "integrations/hf": {
         "torch", "transformers", "compressed_tensors", OURS + "core", OURS + "models",
