@@ -45,6 +45,7 @@ RESULT = Path(__file__).parent / "results" / "allocation.json"
 OPTIONS = ["W2A16", "W3A16", "W4A16", "W8A16"]
 BUDGETS = (2.25, 2.5, 3.0, 3.5)
 SEQUENCES, LENGTH, HELDOUT, RANDOM, PAIRS = 48, 256, 16, 2, 50
+PER_DOMAIN = 8
 Choice = dict[str, str]
 
 
@@ -69,7 +70,7 @@ def main() -> None:
             print(f"{corpus.name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     for seed in seeds if domains_of_moe_small() else ():
-        content["domains"] += compare_robust(seed, 8 if quick else 12)
+        content["domains"] += compare_robust(seed, PER_DOMAIN)
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

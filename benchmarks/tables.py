@@ -33,6 +33,7 @@ def main() -> None:
             "experts": partial(allocation, "routed experts", None),
             "linears": partial(allocation, "all linears", None),
             "prediction": prediction,
+            "domains": domains,
             "solver": solver,
         },
     }
@@ -180,6 +181,28 @@ def prediction() -> str:
             f"| {model} | {of['spearman']:.3f} | {ratio:.2f} | {worst['eigenvalue']:.3f} "
             f"| {worst['factor']:.3f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def domains() -> str:
+    """Return the mean KL and the worst domain's, relative to uniform bits, over seeds."""
+    runs = json.loads((RESULTS / "allocation.json").read_text())["domains"]
+    seeds = sorted({r["seed"] for r in runs})
+    kl = {(r["seed"], r["budget"], r["method"]): r["kl"] for r in runs}
+    lines = [
+        f"| bits per weight | allocation | mean KL, {len(seeds)} seeds "
+        "| worst domain, times uniform |",
+        "|---" * 4 + "|",
+    ]
+    for budget, method in dict.fromkeys((r["budget"], r["method"]) for r in runs):
+        found = [kl[seed, budget, method] for seed in seeds]
+        uniform = [kl[seed, budget, "uniform"] for seed in seeds]
+        mean = statistics.mean(statistics.mean(of.values()) for of in found)
+        worst = statistics.mean(
+            max(of[domain] / base[domain] for domain in base)
+            for of, base in zip(found, uniform, strict=True)
+        )
+        lines.append(f"| {budget:g} | {method} | {mean:.4f} | {worst:.3f} |")
     return "\n".join(lines) + "\n"
 
 
