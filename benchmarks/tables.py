@@ -68,11 +68,7 @@ def quality() -> str:
         for model, bits in cases:
             ours = [kl[model, bits, method, seed] for seed in seeds]
             base = [kl[model, bits, BASELINE, seed] for seed in seeds]
-            change = [100 * (a / b - 1) for a, b in zip(ours, base, strict=True)]
-            error = statistics.stdev(change) / len(seeds) ** 0.5
-            note = (
-                "" if method == BASELINE else f" ({statistics.mean(change):+.1f} ± {error:.1f} %)"
-            )
+            note = "" if method == BASELINE else f" ({_change(ours, base)})"
             cells.append(f"{statistics.mean(ours):.5f}{note}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from torch import nn
 
@@ -87,6 +89,20 @@ class TokenSample:
         moments = SecondMoments.zeros(self.rows.shape[-1], self.rows.device)
         moments.add(self.rows)
         return moments
+
+
+def run_routed_tokens_only(undo: ExitStack) -> None:
+    """Let experts run on the tokens routed to them, whatever the host was told, until undone.
+
+    Undone by a callback: an abandoned context manager would undo it when it is collected, long
+    after an error, over what the host has set by then.
+
+    Args:
+        undo: gets what restores the host's setting.
+    """
+    flag = "_CALIBRATE_ALL_EXPERTS"
+    undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
+    setattr(moe_context, flag, False)
 
 
 class Calibration:

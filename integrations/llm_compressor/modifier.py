@@ -15,7 +15,6 @@ from compressed_tensors.quantization import is_preset_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
-from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers.quantization.calibration import observe
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
@@ -25,7 +24,10 @@ from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.allocating import AllocatingModifier
-from moeq_plugin.integrations.llm_compressor.calibration import Calibration
+from moeq_plugin.integrations.llm_compressor.calibration import (
+    Calibration,
+    run_routed_tokens_only,
+)
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
     describe,
@@ -197,11 +199,7 @@ class MoEQuantModifier(AllocatingModifier):
         self._calibration.attach(state.model, self._layers, linears, self.register_hook)
         if not any(_observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
-            flag = "_CALIBRATE_ALL_EXPERTS"
-            # undone by a callback: an abandoned context manager would undo it when it is collected,
-            # long after an error, over what the host has set by then
-            self._undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
-            setattr(moe_context, flag, False)
+            run_routed_tokens_only(self._undo)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any

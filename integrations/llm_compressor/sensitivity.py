@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import Event, State
-from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from loguru import logger
@@ -26,7 +25,11 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from moeq_plugin.core.sensitivity import LayerInteraction, SensitivityTable
-from moeq_plugin.integrations.llm_compressor.calibration import Calibration, Observation
+from moeq_plugin.integrations.llm_compressor.calibration import (
+    Calibration,
+    Observation,
+    run_routed_tokens_only,
+)
 from moeq_plugin.integrations.llm_compressor.compression import (
     Job,
     guard,
@@ -132,7 +135,6 @@ class SensitivityModifier(Modifier):
     _judging: list[tuple[Part, Calibration]] = PrivateAttr(default_factory=list)
     _losses: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _row_weights: dict[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
-    _watch: PaddingWatch | None = PrivateAttr(default=None)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
     _undercovered: list[str] = PrivateAttr(default_factory=list)
     _interactions: dict[str, LayerInteraction] = PrivateAttr(default_factory=dict)
@@ -168,10 +170,7 @@ class SensitivityModifier(Modifier):
         """Measure gradients, then register the hooks that accumulate second moments."""
         counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
         self._domains = self._names_of_domains(counts)
-        # by a callback: an abandoned context manager would undo it whenever it is collected
-        flag = "_CALIBRATE_ALL_EXPERTS"
-        self._undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
-        setattr(moe_context, flag, False)
+        run_routed_tokens_only(self._undo)
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             gradients = OutputGradients(self._names, self._layers)
@@ -183,10 +182,10 @@ class SensitivityModifier(Modifier):
                 seed=self.seed,
             )
             self._row_weights = gradients.row_weights()
-        self._watch = PaddingWatch(state)
-        self._undo.callback(self._watch.listen())
-        self._rounding = self._calibration(Part(self._watch, half=0), self.affinity_power)
-        parts = [Part(self._watch, half=1, domain=domain) for domain in sorted(counts)]
+        watch = PaddingWatch(state)
+        self._undo.callback(watch.listen())
+        self._rounding = self._calibration(Part(watch, half=0), self.affinity_power)
+        parts = [Part(watch, half=1, domain=domain) for domain in sorted(counts)]
         self._judging = [(part, self._calibration(part, 2.0)) for part in parts]
         for calibration in (self._rounding, *(c for _, c in self._judging)):
             calibration.attach(state.model, self._layers, list(self._names), self.register_hook)
