@@ -2,9 +2,9 @@
 
     python benchmarks/allocation.py [--quick]
 
-Writes ``benchmarks/results/allocation.json`` after every seed. Weights are rounded once per
-option by ``MoEQuantModifier``; an allocation then only says which of them a linear gets. Sizes
-are those of a bfloat16 checkpoint.
+Writes ``benchmarks/results/allocation.json`` after every seed; seeds found there are not run
+again (delete the file to start over). Weights are rounded once per option by ``MoEQuantModifier``;
+an allocation then only says which of them a linear gets. Sizes are those of a bfloat16 checkpoint.
 """
 
 from __future__ import annotations
@@ -59,17 +59,22 @@ def main() -> None:
     content: dict[str, list] = {
         name: [] for name in ("runs", "random_allocations", "interactions", "domains")
     }
+    if arguments.out.exists():
+        content = json.loads(arguments.out.read_text())
     for corpus in corpora():
         for seed in seeds:
+            if any((x["model"], x["seed"]) == (corpus.name, seed) for x in content["runs"]):
+                continue
             began = time.monotonic()
             bench = Bench(corpus, seed, sequences, 8 if quick else HELDOUT)
             content["runs"] += bench.compare()
-            if seed == seeds[0]:
-                content["random_allocations"].append(bench.predict(5 if quick else PAIRS))
+            content["random_allocations"].append(bench.predict(5 if quick else PAIRS))
             content["interactions"] += bench.interactions()
             print(f"{corpus.name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     for seed in seeds if domains_of_moe_small() else ():
+        if any(x["seed"] == seed for x in content["domains"]):
+            continue
         content["domains"] += compare_robust(seed, PER_DOMAIN)
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -202,7 +207,7 @@ class Bench:
         """Return predicted and measured KL of random allocations of one size, layer by layer."""
         points = []
         for number in range(pairs):
-            rng = np.random.default_rng(number)
+            rng = np.random.default_rng((self.seed, number))
             units = sorted(set(self.table.units["layer"]))
             weight = dict(zip(units, rng.lognormal(0, 2, len(units)), strict=True))
             loss = [
@@ -214,6 +219,7 @@ class Bench:
         predicted_kl, measured = map(list, zip(*points, strict=True))
         return {
             "model": self.corpus.name,
+            "seed": self.seed,
             "spearman": float(spearmanr(predicted_kl, measured).statistic),
             "predicted": predicted_kl,
             "measured": measured,

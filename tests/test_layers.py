@@ -18,6 +18,7 @@ ALLOWED = {
     "core": {"scipy", "numpy", "torch", OURS + "core"},
     "models": {"torch", OURS + "core", OURS + "models"},
     "report": {"jinja2", "plotly", OURS + "report"},
+    "cli": FRAMEWORKS | {"typer", "rich", "torch", "moeq_plugin"},
     "integrations/llm_compressor": {
         "torch", "numpy", "transformers", "llmcompressor", "compressed_tensors", "datasets",
         "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models",

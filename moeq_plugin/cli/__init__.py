@@ -1,0 +1,12 @@
+"""The command line, ``moeq``: one module per command, which registers itself.
+
+Frameworks are imported inside the commands, so help is instant.
+"""
+
+from moeq_plugin.cli import plan, quantize, sample  # noqa: F401 - in the order help shows them
+from moeq_plugin.cli.shared import app
+
+
+def main() -> None:
+    """Run ``moeq``."""
+    app()

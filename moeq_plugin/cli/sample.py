@@ -1,0 +1,57 @@
+"""``moeq sample``: let a model write its own calibration set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeq_plugin.cli.shared import app, device, errors
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="model directory or id")],
+    out: Annotated[Path, typer.Argument(help="JSON lines to write; an unfinished file is resumed")],
+    num_sequences: Annotated[int, typer.Option(help="sequences")] = 128,
+    seq_len: Annotated[int, typer.Option(help="tokens per sequence, start included")] = 512,
+    beam_width: Annotated[int, typer.Option(help="branches per sequence; 1 is greedy")] = 4,
+    tau: Annotated[
+        float | None, typer.Option(help="search for balance, 1.2 in the paper; default: sample")
+    ] = None,
+    prefix_tokens: Annotated[int, typer.Option(help="tokens sampled before the search")] = 3,
+    no_repeat_ngram: Annotated[int | None, typer.Option(help="n-grams that may not repeat")] = None,
+    global_balance: Annotated[bool, typer.Option(help="balance the set, not the sequence")] = False,
+    seed: Annotated[int, typer.Option(help="of start tokens and prefixes")] = 0,
+) -> None:
+    """Let a model write its own calibration set, with evenly loaded experts (EBSS).
+
+    Raises:
+        typer.Exit: with code 2 if the request cannot be met.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moeq_plugin.core.sampling import EBSSConfig
+    from moeq_plugin.integrations.llm_compressor.ebss import sample_set
+
+    with errors("sample"):
+        config = EBSSConfig(
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            beam_width=beam_width,
+            tau=tau,
+            prefix_tokens=prefix_tokens,
+            no_repeat_ngram=no_repeat_ngram,
+            global_balance=global_balance,
+            seed=seed,
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded.to(device())  # type: ignore[arg-type]
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        report = sample_set(loaded, tokenizer, config, path=out).report
+    typer.echo(f"{out}: {report.summary()}")
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for text in report.samples:
+        typer.echo(f"  {text[:100]!r}")

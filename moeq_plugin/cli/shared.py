@@ -1,0 +1,69 @@
+"""What all commands share: the application, how a wrong request ends, models and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import typer
+except ImportError as error:
+    raise ImportError(
+        "the command line needs typer: pip install 'moeq-plugin[llmcompressor]'"
+    ) from error
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def moeq() -> None:
+    """Quantize Mixture-of-Experts models so that no expert is damaged."""
+
+
+@contextmanager
+def errors(command: str) -> Iterator[None]:
+    """Turn what the request got wrong into a message and exit code 2.
+
+    Raises:
+        typer.Exit: with that code.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"moeq {command}: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def device() -> str:
+    """Return the accelerator's type, ``cpu`` if there is none."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def run_oneshot(model: str, recipe: Any, **arguments: Any) -> None:
+    """Load a model and its tokenizer and quantize it in place."""
+    from llmcompressor.entrypoints.oneshot import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
+
+
+def read_dataset(path: Path | None) -> Any:
+    """Return the data set of a JSON lines file, ``None`` for no path.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if path is None:
+        return None
+    from datasets import load_dataset
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected JSON lines with `text` or `input_ids`")
+    return load_dataset("json", data_files=str(path), split="train")
