@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moeq_plugin.core.sensitivity import SensitivityTable
     from moeq_plugin.integrations.llm_compressor import MoEQuantModifier, RWKVQuantModifier
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
+    from moeq_plugin.models.evaluation import evaluate
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOMES = {
     "SensitivityTable": "moeq_plugin.core.sensitivity",
     "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
+    "evaluate": "moeq_plugin.models.evaluation",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "ebss_dataset",
+    "evaluate",
 ]
 
 
