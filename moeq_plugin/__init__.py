@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeq_plugin.checkpoint.verify import verify_checkpoint
     from moeq_plugin.core.allocation import BitBudget, allocate_bits
     from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.core.sensitivity import SensitivityTable
@@ -26,6 +27,7 @@ _HOMES = {
     "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
     "evaluate": "moeq_plugin.models.evaluation",
+    "verify_checkpoint": "moeq_plugin.checkpoint.verify",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "allocate_bits",
     "ebss_dataset",
     "evaluate",
+    "verify_checkpoint",
 ]
 
 

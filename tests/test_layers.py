@@ -17,6 +17,7 @@ OURS = "moeq_plugin."
 ALLOWED = {
     "core": {"scipy", "numpy", "torch", OURS + "core"},
     "models": {"torch", OURS + "core", OURS + "models"},
+    "checkpoint": {"torch", OURS + "checkpoint"},
     "report": {"jinja2", "plotly", OURS + "report"},
     "cli": FRAMEWORKS | {"typer", "rich", "torch", "moeq_plugin"},
     "integrations/llm_compressor": {

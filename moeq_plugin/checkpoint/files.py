@@ -1,0 +1,118 @@
+"""Open a checkpoint directory: its config, and every tensor that readers would find in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeq_plugin.checkpoint.findings import Finding, error
+from moeq_plugin.checkpoint.headers import (
+    StoredTensor,
+    UnreadableFileError,
+    data_end,
+    read_header,
+    read_json,
+    shards_of,
+)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's config and the headers of its files.
+
+    Attributes:
+        directory: where it is.
+        config: the content of ``config.json``.
+        tensors: by name.
+        problems: what is wrong with the files themselves.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    problems: list[Finding] = field(default_factory=list)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Read config and headers; damaged files become findings, the others are read.
+
+    Raises:
+        UnreadableFileError: if there is no directory, no config or no safetensors file.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UnreadableFileError(
+            f"{directory} is not a directory; for a model on a hub download it first "
+            "(hf download NAME --local-dir DIR)"
+        )
+    config = read_json(directory / "config.json")
+    if "quantization_config" not in config and (directory / "quantize_config.json").exists():
+        # where GPTQ tools wrote it before transformers had a place for it
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            **read_json(directory / "quantize_config.json"),
+        }
+    opened = Checkpoint(directory, config)
+    index_path = directory / _INDEX
+    if index_path.exists():
+        opened.problems.extend(_read_indexed(opened, index_path))
+    else:
+        single = directory / _SINGLE
+        paths = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        if not paths:
+            raise UnreadableFileError(f"{directory} holds no safetensors file")
+        for path in paths:
+            opened.problems.extend(_read_shard(opened, path))
+    return opened
+
+
+def _read_indexed(opened: Checkpoint, index_path: Path) -> Iterator[Finding]:
+    try:
+        shards = shards_of(read_json(index_path), index_path)
+    except UnreadableFileError as cause:
+        yield error("bad-index", index_path.name, str(cause))
+        for path in sorted(opened.directory.glob("*.safetensors")):
+            yield from _read_shard(opened, path)
+        return
+    readable = set()
+    for file in sorted(set(shards.values())):
+        if not (opened.directory / file).is_file():
+            named = sum(shard == file for shard in shards.values())
+            yield error("missing-shard", file, f"not there; the index puts {named} tensors into it")
+            continue
+        problems = list(_read_shard(opened, opened.directory / file))
+        yield from problems
+        if not any(found.check == "bad-header" for found in problems):
+            readable.add(file)
+    for name, file in shards.items():
+        tensor = opened.tensors.get(name)
+        if file in readable and (tensor is None or tensor.path.name != file):
+            yield error("index-names-absent-tensor", name, f"not in {file}, where the index has it")
+    for name in opened.tensors.keys() - shards.keys():
+        yield error("not-in-index", name, f"{opened.tensors[name].path.name} holds it")
+
+
+def _read_shard(opened: Checkpoint, path: Path) -> Iterator[Finding]:
+    try:
+        tensors = read_header(path)
+    except (UnreadableFileError, OSError) as cause:
+        yield error("bad-header", path.name, str(cause))
+        return
+    size, expected = path.stat().st_size, data_end(tensors, path)
+    if size != expected:
+        lost = sum(not tensor.is_whole for tensor in tensors)
+        yield error(
+            "truncated-file",
+            path.name,
+            f"{size} bytes, its header describes {expected}; {lost} tensors are cut off",
+        )
+    for tensor in tensors:
+        if tensor.name in opened.tensors:
+            other = opened.tensors[tensor.name].path.name
+            yield error("duplicate-tensor", tensor.name, f"in {other} and in {path.name}")
+        opened.tensors[tensor.name] = tensor

@@ -1,0 +1,182 @@
+"""Read what safetensors files hold without their data, and survive files that are damaged.
+
+The format: 8 bytes little endian length, that many bytes of JSON, the data. We parse it ourselves
+because a verifier has to go on where a loader gives up, and say which file and what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# in the order in which the library lays tensors out, last first
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+class UnreadableFileError(ValueError):
+    """A file is not what its name says."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file's header describes it.
+
+    Attributes:
+        name: its name in the file.
+        dtype: code of the safetensors format, such as ``BF16``.
+        shape: its shape.
+        path: the file.
+        begin: offset of its first byte in the file.
+        num_bytes: of its data.
+        is_whole: whether the file is long enough to hold them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    num_bytes: int
+    is_whole: bool
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """Return the tensors of a safetensors file; only its header is read.
+
+    Raises:
+        UnreadableFileError: if the header is cut off, is no JSON, or contradicts itself.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UnreadableFileError(
+                f"{path.name}: the header is to have {length} bytes, the file has {size} in all"
+            )
+        content = _json(file.read(length), path)
+    content.pop("__metadata__", None)
+    tensors = [_tensor(name, entry, path, 8 + length, size) for name, entry in content.items()]
+    tensors.sort(key=lambda tensor: tensor.begin)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.begin != end:
+            raise UnreadableFileError(
+                f"{path.name}: {tensor.name} begins at byte {tensor.begin}, the tensor before it "
+                f"ends at {end}"
+            )
+        end += tensor.num_bytes
+    return tensors
+
+
+def data_end(tensors: list[StoredTensor], path: Path) -> int:
+    """Return the size that a file with these tensors has to have."""
+    if tensors:
+        return tensors[-1].begin + tensors[-1].num_bytes
+    return path.stat().st_size
+
+
+def read_bytes(tensor: StoredTensor, begin: int = 0, num_bytes: int | None = None) -> bytearray:
+    """Return a tensor's data, or a part of it.
+
+    Args:
+        tensor: a whole one.
+        begin: first byte of the part.
+        num_bytes: of the part; ``None`` for all that follow.
+    """
+    content = bytearray(tensor.num_bytes - begin if num_bytes is None else num_bytes)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.begin + begin)
+        file.readinto(content)
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UnreadableFileError: if the file is not there or holds no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as cause:
+        raise UnreadableFileError(f"{path} cannot be read: {cause.strerror}") from None
+    return _json(content, path)
+
+
+def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names.
+
+    Raises:
+        UnreadableFileError: if the index is not one, or names files outside of its directory.
+    """
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UnreadableFileError(f"{path.name}: no `weight_map` from tensors to files")
+    strange = sorted({file for file in files.values() if Path(file).name != file or not file})
+    if strange:
+        raise UnreadableFileError(f"{path.name} names files that are none: {strange[:3]}")
+    return files
+
+
+def _json(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as cause:
+        raise UnreadableFileError(f"{path.name}: not JSON ({str(cause)[:100]})") from None
+    if not isinstance(parsed, dict):
+        raise UnreadableFileError(f"{path.name}: a JSON object was expected")
+    if not all(name.isprintable() for name in parsed):  # such names cannot even be shown
+        raise UnreadableFileError(f"{path.name}: a name is not printable")
+    return parsed
+
+
+def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTensor:
+    if not isinstance(entry, dict):
+        raise UnreadableFileError(f"{path.name}: {name!r} is not described by an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in tuple(BITS) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise UnreadableFileError(f"{path.name}: {name!r} has no known dtype, shape or offsets")
+    num_bytes = offsets[1] - offsets[0]
+    if num_bytes * 8 != math.prod(shape) * BITS[dtype]:
+        raise UnreadableFileError(
+            f"{path.name}: {name!r} has {num_bytes} bytes, {dtype} {shape} needs others"
+        )
+    begin, end = data + offsets[0], data + offsets[1]
+    return StoredTensor(name, dtype, tuple(shape), path, begin, num_bytes, end <= size)
+
+
+def _counts(value: Any) -> bool:
+    """Tell whether a value is a short list of numbers that a file can hold."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(number) is int and 0 <= number < 1 << 48 for number in value)
+    )
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Return the size of length and header of a file that ``save_pretrained`` would write.
+
+    Args:
+        tensors: name, dtype and shape of each.
+    """
+    # the library sorts by dtype, then by name, writes JSON without spaces and pads it to 8 bytes
+    order = list(BITS)
+    ordered = sorted(tensors, key=lambda tensor: (-order.index(tensor[1]), tensor[0]))
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in ordered:
+        begin, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (length + 7) // 8 * 8

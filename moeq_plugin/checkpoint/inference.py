@@ -1,0 +1,97 @@
+"""Read an architecture off the tensors of a checkpoint whose family we do not know.
+
+Linears are what has a matrix; the experts of a layer should be alike, so the shape that most of
+them have is taken for all, and every layer with experts should have each of their projections.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
+from moeq_plugin.checkpoint.config import EXPERT_KEYS, Config
+from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
+from moeq_plugin.checkpoint.names import expert_of, layer_of, pool_of
+
+_Modules = Mapping[str, Mapping[str, StoredTensor]]
+_ROLES = (
+    (Role.EXPERT, (".experts.",)),
+    (Role.SHARED_GATE, (".shared_expert_gate",)),
+    (Role.SHARED, (".shared_expert",)),
+    (Role.ROUTER, (".mlp.gate", ".router", ".feed_forward.gate")),
+    (Role.ATTENTION, ("attn", "attention")),
+    (Role.HEAD, ("lm_head",)),
+    (Role.DENSE, (".mlp.", ".feed_forward.")),
+)
+
+
+def infer_architecture(config: Config, modules: _Modules) -> Architecture:
+    """Return what the tensors of a checkpoint amount to.
+
+    Args:
+        config: of the checkpoint.
+        modules: tensors by module and suffix.
+
+    Raises:
+        ValueError: if a count in the config cannot be one.
+    """
+    linears = {linear.name: linear for linear in _found(modules)}
+    num_experts = config.count(*EXPERT_KEYS, default=0, high=4096)
+    linears |= _absent_experts(linears, num_experts)
+    experts = [linear for linear in linears.values() if linear.role is Role.EXPERT]
+    layers = {linear.layer for linear in linears.values() if linear.layer is not None}
+    return Architecture(
+        family=config.family,
+        num_layers=config.count("num_hidden_layers", default=len(layers), high=1024),
+        num_mtp_layers=0,
+        num_experts=num_experts or len({linear.expert for linear in experts}),
+        top_k=config.count("num_experts_per_tok", "experts_per_token", "top_k", default=0),
+        num_shared=config.count("n_shared_experts", default=0),
+        moe_layers=tuple(sorted({e.layer for e in experts if e.layer is not None})),
+        linears=linears,
+        is_known=False,
+    )
+
+
+def _found(modules: _Modules) -> Iterator[Linear]:
+    shapes = {name: _shape(tensors) for name, tensors in modules.items() if "embed" not in name}
+    common: dict[str, Counter[tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        if shape:
+            common.setdefault(pool_of(name), Counter())[shape] += 1
+    for name, shape in shapes.items():
+        if shape:
+            usual = common[pool_of(name)].most_common(1)[0][0]
+            yield Linear(name, usual, _role(name), layer_of(name), expert_of(name))
+
+
+def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+    """Return ``(out, in)`` of the weight that these tensors are, ``None`` for no matrix."""
+    stated = tensors.get("weight_shape")
+    if stated is not None and stated.shape == (2,) and stated.is_whole and stated.dtype == "I64":
+        rows, columns = struct.unpack("<2q", read_bytes(stated))
+        return (rows, columns) if 0 < rows < 1 << 31 and 0 < columns < 1 << 31 else None
+    if "g_idx" in tensors and "scales" in tensors and len(tensors["scales"].shape) == 2:
+        return tensors["scales"].shape[1], tensors["g_idx"].num_bytes // 4
+    shape = tensors["weight"].shape if "weight" in tensors else ()
+    return (shape[0], shape[1]) if len(shape) == 2 and all(shape) else None
+
+
+def _role(name: str) -> Role:
+    return next((role for role, parts in _ROLES if any(p in name for p in parts)), Role.OTHER)
+
+
+def _absent_experts(linears: Mapping[str, Linear], num_experts: int) -> dict[str, Linear]:
+    """Return the experts that a layer would have if it were like its others."""
+    absent = {}
+    for linear in list(linears.values()):
+        if linear.expert is None:
+            continue
+        before, after = linear.name.split(f".experts.{linear.expert}.", 1)
+        for expert in range(num_experts):
+            name = f"{before}.experts.{expert}.{after}"
+            if name not in linears and name not in absent:
+                absent[name] = Linear(name, linear.shape, linear.role, linear.layer, expert)
+    return absent

@@ -1,0 +1,81 @@
+"""A checkpoint's tensors sorted by the linears that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
+from moeq_plugin.checkpoint.config import Config
+from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
+from moeq_plugin.checkpoint.files import Checkpoint
+from moeq_plugin.checkpoint.formats import stored_scheme
+from moeq_plugin.checkpoint.headers import StoredTensor
+from moeq_plugin.checkpoint.inference import infer_architecture
+from moeq_plugin.checkpoint.lookup import Lookup
+from moeq_plugin.checkpoint.names import canonical, split_tensor
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+
+# the tensors that transformers fuses the experts of a layer into
+FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint, what its config describes, and which tensors belong to what.
+
+    Attributes:
+        checkpoint: the files.
+        architecture: what is to be there.
+        schemes: what the config says about quantization.
+        lookup: which of them readers find for a linear.
+        modules: tensors by canonical name of their module and by suffix.
+        stored: the scheme that each linear present is stored in, ``None`` for 16 bit.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    schemes: Schemes
+    lookup: Lookup
+    modules: dict[str, dict[str, StoredTensor]]
+    stored: dict[str, Scheme | None]
+
+    def declared(self, linear: Linear) -> Scheme | None:
+        """Return the scheme that the config gives to a linear by its name."""
+        if linear.role is Role.ROUTER:  # in transformers no linear, so `Linear` does not mean it
+            return None
+        return self.lookup.by_name(linear)
+
+    def is_fused(self, layer: int) -> bool:
+        """Tell whether a layer's experts are stored as transformers holds them in memory."""
+        return f"model.layers.{layer}.mlp.experts.gate_up_proj" in self.modules
+
+    def present(self, role: Role | None = None) -> list[Linear]:
+        """Return the linears that have tensors of their own."""
+        linears = (self.architecture.linears[name] for name in self.stored)
+        return [linear for linear in linears if role in {None, linear.role}]
+
+
+def lay_out(checkpoint: Checkpoint) -> Layout:
+    """Sort the tensors of a checkpoint.
+
+    Raises:
+        ValueError: if its config cannot be one.
+    """
+    config = Config(checkpoint.config)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        module, suffix = split_tensor(canonical(name))
+        modules.setdefault(module, {})[suffix] = tensor
+    if config.family in FAMILIES:
+        architecture = architecture_of(config)
+    else:
+        architecture = infer_architecture(config, modules)
+    schemes = read_schemes(checkpoint.config)
+    lookup = Lookup(schemes, config.family)
+    laid_out = Layout(checkpoint, architecture, schemes, lookup, modules, {})
+    for linear in architecture.linears.values():
+        found = modules.get(linear.name, {})
+        if found.keys() - {"bias"}:
+            declared = laid_out.declared(linear)
+            laid_out.stored[linear.name] = stored_scheme(found, linear.shape, declared)
+    return laid_out

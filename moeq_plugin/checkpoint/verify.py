@@ -1,0 +1,68 @@
+"""Verify a checkpoint of any origin: names, shapes, schemes as readers resolve them, numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeq_plugin.checkpoint.compare import check_source
+from moeq_plugin.checkpoint.files import open_checkpoint
+from moeq_plugin.checkpoint.findings import Finding, Report
+from moeq_plugin.checkpoint.layout import Layout, lay_out
+from moeq_plugin.checkpoint.parallel import check_parallel
+from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
+from moeq_plugin.checkpoint.serving import check_lookups, check_units
+from moeq_plugin.checkpoint.structure import check_structure
+from moeq_plugin.checkpoint.values import check_values
+
+TARGETS = ("vllm", "transformers", "gguf")
+
+
+def verify_checkpoint(
+    path: str | Path, source: str | Path | None = None, *, target: str = "vllm", tp: int = 1
+) -> Report:
+    """Check a checkpoint of compressed-tensors, GPTQ format or 16 bit, whoever wrote it.
+
+    Every tensor is read once; memory is bounded by the largest. No model is built.
+
+    Args:
+        path: directory with ``config.json`` and safetensors files.
+        source: the 16-bit model that it was quantized from; compares every weight with it.
+        target: what is to read it: ``vllm``, ``transformers`` or ``gguf``. What others would
+            misread is a warning.
+        tp: ranks of tensor parallelism that it is to be served on.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or its config is not one.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if tp < 1:
+        raise ValueError(f"tp must be at least 1, got {tp}")
+    layout = lay_out(open_checkpoint(path))
+    findings = list(_findings(layout, target, tp))
+    if source is not None:
+        findings += check_source(layout, lay_out(open_checkpoint(source)))
+    stored = [layout.stored[linear.name] for linear in layout.present()]
+    schemes = Counter(scheme.describe() if scheme else "16 bit" for scheme in stored)
+    return Report(
+        checkpoint=str(path),
+        family=layout.architecture.family,
+        target=target,
+        tp=tp,
+        num_tensors=len(layout.checkpoint.tensors),
+        schemes=dict(schemes.most_common()),
+        findings=tuple(dict.fromkeys(findings)),
+    )
+
+
+def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
+    yield from layout.checkpoint.problems
+    yield from check_structure(layout)
+    yield from check_lookups(layout, target)
+    yield from check_units(layout, target)
+    yield from check_transformers(layout, target)
+    yield from check_vllm(layout, target)
+    yield from check_parallel(layout.architecture, layout.stored, tp)
+    yield from check_values(layout)
