@@ -3,7 +3,12 @@
 Frameworks are imported inside the commands, so help is instant.
 """
 
-from moeq_plugin.cli import plan, quantize, sample  # noqa: F401 - in the order help shows them
+from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
+    convert,
+    plan,
+    quantize,
+    sample,
+)
 from moeq_plugin.cli.shared import app
 
 

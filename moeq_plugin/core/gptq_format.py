@@ -71,11 +71,6 @@ class Codes:
         """Return ``[out, in]`` weights in the scale's dtype."""
         return point_of_code(self.codes, self.scale[:, self.group], self.zero_point[:, self.group])
 
-    def is_grouped_in_order(self, group_size: int | None) -> bool:
-        """Tell whether the groups are runs of ``group_size`` columns; ``None`` means one run."""
-        in_order = Grid(2, group_size).group_of_column(len(self.group))
-        return bool(torch.equal(self.group.cpu(), in_order))
-
 
 def encode(weight: Codes, num_bits: int, zeros: ZeroPoints) -> GPTQTensors:
     """Return the tensors that the format stores for a weight.
@@ -111,16 +106,40 @@ def decode(tensors: GPTQTensors, num_bits: int, zeros: ZeroPoints) -> Codes:
     Raises:
         ValueError: if the format has no such width.
     """
-    offset = 1 << (num_bits - 1)
-    stored = unpack(tensors.qzeros.T, num_bits)
-    if zeros is ZeroPoints.V1:
-        stored = (stored + 1) % (1 << num_bits)
+    codes = unpack(tensors.qweight, num_bits) - (1 << (num_bits - 1))
     return Codes(
-        codes=(unpack(tensors.qweight, num_bits) - offset).to(torch.int8).T.contiguous(),
+        codes=codes.to(torch.int8).T.contiguous(),
         scale=tensors.scales.T.contiguous(),
-        zero_point=(stored - offset).to(torch.int8).contiguous(),
+        zero_point=decode_zero_points(tensors.qzeros, num_bits, zeros),
         group=tensors.g_idx.to(torch.int64),
     )
+
+
+def decode_zero_points(qzeros: torch.Tensor, num_bits: int, zeros: ZeroPoints) -> torch.Tensor:
+    """Return ``[out, groups]`` int8, the signed zero points that ``qzeros`` stands for.
+
+    Args:
+        qzeros: ``[groups, out * bits / 32]`` int32.
+        num_bits: 2, 3, 4 or 8.
+        zeros: how they are stored.
+
+    Raises:
+        ValueError: if the format has no such width.
+    """
+    stored = unpack(qzeros.T, num_bits)
+    if zeros is ZeroPoints.V1:
+        stored = (stored + 1) % (1 << num_bits)
+    return (stored - (1 << (num_bits - 1))).to(torch.int8).contiguous()
+
+
+def groups_are_runs(group: torch.Tensor, group_size: int | None) -> bool:
+    """Tell whether groups are runs of ``group_size`` columns, as they are without act order.
+
+    Args:
+        group: ``[in]``, the group of each input column.
+        group_size: ``None`` means one group of all columns.
+    """
+    return bool(torch.equal(group.long().cpu(), Grid(2, group_size).group_of_column(len(group))))
 
 
 def pack(values: torch.Tensor, num_bits: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from moeq_plugin.core.gptq_format import (
     ZeroPoints,
     decode,
     encode,
+    groups_are_runs,
     pack,
     unpack,
 )
@@ -150,12 +151,12 @@ def test_a_weight_on_our_grid_keeps_its_values(num_bits, symmetric):
     assert torch.equal(again.dequantize(), dequantize(codes, scale, zero_point, grid))
 
 
-def test_groups_in_order_are_told_from_act_order():
-    plain = random_codes(4, 32, 64, 2, seed=0)
-    assert plain.is_grouped_in_order(32)
-    assert not plain.is_grouped_in_order(16)
-    assert not random_codes(4, 32, 64, 2, seed=0, act_order=True).is_grouped_in_order(32)
-    assert random_codes(4, 32, 64, 1, seed=0).is_grouped_in_order(None)
+def test_runs_of_columns_are_told_from_act_order():
+    plain = torch.arange(64, dtype=torch.int32) // 32
+    assert groups_are_runs(plain, 32)
+    assert not groups_are_runs(plain, 16)
+    assert not groups_are_runs(plain.flip(0), 32)
+    assert groups_are_runs(torch.zeros(64), None)
 
 
 @pytest.mark.parametrize(
