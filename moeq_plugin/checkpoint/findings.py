@@ -79,6 +79,7 @@ CHECKS = {
 }
 # with one of these a file could not be read as it stands: exit code 2
 UNREADABLE = {"bad-header", "truncated-file", "missing-shard", "bad-index"}
+INCOMPLETE = {"bad-header", "missing-shard"}  # tensors are not known by name either
 
 
 @dataclass(frozen=True)

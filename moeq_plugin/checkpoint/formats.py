@@ -113,7 +113,7 @@ def stored_scheme(
             base,
             form="pack-quantized",
             num_bits=_bits(packed.shape[1:], columns, base),
-            symmetric="weight_zero_point" not in found,
+            symmetric=declared.symmetric if declared else "weight_zero_point" not in found,
         )
         return _grouped(scheme, scale, columns)
     weight = found.get("weight")

@@ -59,7 +59,7 @@ def _check_linear(layout: Layout, linear: Linear) -> Iterator[Finding]:
         yield error("router-quantized", where, f"stored as {scheme.describe()}")
         return
     declared = layout.declared(linear)
-    expected = tensors_of(_to_expect(scheme, declared), linear.shape)
+    expected = tensors_of(scheme, linear.shape)
     if expected is None:
         yield warning("unknown-format", where, f"format {scheme.form if scheme else ''}")
         return
@@ -77,13 +77,6 @@ def _check_linear(layout: Layout, linear: Linear) -> Iterator[Finding]:
         yield from _check_tensor(found[suffix], wanted)
     for suffix in found.keys() - expected.keys() - {"bias", "input_scale", "weight_g_idx"}:
         yield error("unexpected-tensor", found[suffix].name, f"{_format(scheme)} has no {suffix}")
-
-
-def _to_expect(stored: Scheme | None, declared: Scheme | None) -> Scheme | None:
-    """Return what to ask for: zero points too where the config promises them."""
-    if stored and declared and stored.form == declared.form == "pack-quantized":
-        return declared if stored.num_bits == declared.num_bits else stored
-    return stored
 
 
 def _check_tensor(tensor: StoredTensor, wanted: Expected) -> Iterator[Finding]:

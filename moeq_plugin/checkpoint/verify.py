@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moeq_plugin.checkpoint.compare import check_source
 from moeq_plugin.checkpoint.files import open_checkpoint
-from moeq_plugin.checkpoint.findings import Finding, Report
+from moeq_plugin.checkpoint.findings import INCOMPLETE, Finding, Report
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.parallel import check_parallel
 from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
@@ -42,7 +42,7 @@ def verify_checkpoint(
         raise ValueError(f"tp must be at least 1, got {tp}")
     layout = lay_out(open_checkpoint(path))
     findings = list(_findings(layout, target, tp))
-    if source is not None:
+    if source is not None and not any(found.check in INCOMPLETE for found in findings):
         findings += check_source(layout, lay_out(open_checkpoint(source)))
     stored = [layout.stored[linear.name] for linear in layout.present()]
     schemes = Counter(scheme.describe() if scheme else "16 bit" for scheme in stored)
@@ -59,6 +59,8 @@ def verify_checkpoint(
 
 def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
     yield from layout.checkpoint.problems
+    if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
+        return  # whatever else is missing or mixed follows from that
     yield from check_structure(layout)
     yield from check_lookups(layout, target)
     yield from check_units(layout, target)

@@ -1,0 +1,105 @@
+"""No false alarms: sound checkpoints of all families and formats, for every reader."""
+
+import json
+
+import pytest
+from checkpoints import RECIPES, VARIANTS, copy_of, edited_config, edited_tensors, to_gptq
+from helpers import FAMILIES
+
+from moeq_plugin import verify_checkpoint
+from moeq_plugin.checkpoint.findings import CHECKS
+from moeq_plugin.checkpoint.verify import TARGETS
+
+# what is true of sound checkpoints all the same: an error for some reader, a warning for others
+UNREADABLE_FOR = {
+    "gpt_oss": {"vllm": {"vllm-refuses"}, "transformers": {"transformers-misreads"}},
+    "asymmetric": {"transformers": {"transformers-misreads"}},
+    "activations": {"transformers": {"transformers-misreads"}},
+    "mixed": {"transformers": {"transformers-misreads"}},
+    "allocated": {"transformers": {"transformers-misreads"}},
+    "a layer in 16 bit": {"transformers": {"transformers-misreads"}},
+}
+WARNINGS = {"transformers-misreads", "vllm-kernel", "mtp-dropped"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [*RECIPES, *VARIANTS])
+def test_a_sound_checkpoint_has_no_errors(name, target, sound):
+    path = sound(name)
+
+    report = verify_checkpoint(path, path.parent / "model", target=target)
+
+    expected = UNREADABLE_FOR.get(name, {}).get(target, set())
+    found_errors = {found.check for found in report.errors}
+    assert found_errors == expected or (name == "allocated" and not found_errors)
+    assert {found.check for found in report.findings} - expected <= WARNINGS
+    assert report.exit_code == (1 if report.errors else 0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2"])
+def test_a_checkpoint_that_everyone_reads_has_no_warnings_either(name, sound):
+    assert verify_checkpoint(sound(name)).findings == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_16_bit_model_is_sound(family, sound):
+    report = verify_checkpoint(sound(family).parent / "model")
+    assert report.errors == []
+    assert set(report.schemes) == {"16 bit"}
+
+
+def test_an_unknown_family_is_judged_by_what_its_experts_have_in_common(sound, tmp_path):
+    path = copy_of(sound("qwen3_moe"), tmp_path / "out")
+    with edited_config(path) as config:
+        config["model_type"] = "something_new"
+    assert verify_checkpoint(path).findings == ()
+
+    with edited_tensors(path) as tensors:
+        for name in [name for name in tensors if ".1.mlp.experts.2." in name]:
+            del tensors[name]
+    report = verify_checkpoint(path)
+    assert [found.check for found in report.errors] == ["missing-expert"]
+    assert report.errors[0].where == "model.layers.1.mlp.experts.2"
+
+
+def test_the_gptq_format_is_read_bit_by_bit(sound, tmp_path):
+    """The same codes in another format are as far from the source as before."""
+    from moeq_plugin.checkpoint.compare import relative_errors
+    from moeq_plugin.checkpoint.files import open_checkpoint
+    from moeq_plugin.checkpoint.layout import lay_out
+
+    path = sound("qwen3_moe")
+    gptq = copy_of(path, tmp_path / "gptq")
+    to_gptq(gptq)
+    source = lay_out(open_checkpoint(path.parent / "model"))
+    one, other = (
+        {linear.name: e for linear, e in relative_errors(lay_out(open_checkpoint(p)), source)}
+        for p in (path, gptq)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == pytest.approx(other[name], rel=1e-2)  # scales became float16
+
+
+def test_the_report_is_json_with_a_way_out_for_every_finding(sound):
+    report = verify_checkpoint(sound("gpt_oss"))
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["schema_version"] == 1
+    assert content["exit_code"] == 1
+    assert all(found["way_out"] and found["check"] in CHECKS for found in content["findings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"target": "onnx"}, "target must be one of"), ({"tp": 0}, "tp must be at least 1")],
+)
+def test_refuses(arguments, message, sound):
+    with pytest.raises(ValueError, match=message):
+        verify_checkpoint(sound("mixtral"), **arguments)
+
+
+def test_refuses_a_directory_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="is not a directory"):
+        verify_checkpoint(tmp_path / "no")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        verify_checkpoint(tmp_path)
