@@ -9,7 +9,7 @@ import torch
 
 from moeq_plugin.checkpoint.formats import num_groups
 from moeq_plugin.checkpoint.headers import BITS, StoredTensor, read_bytes
-from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -85,7 +85,7 @@ def blocks(
         scheme: what it is stored in.
         shape: ``(out, in)``.
     """
-    if scheme.form == "gptq":
+    if scheme.form in GPTQ_FORMS:
         yield from _gptq_blocks(found, scheme, shape)
         return
     rows, columns = shape
@@ -118,8 +118,9 @@ def _gptq_blocks(
     scales = read_tensor(found["scales"]).float().T
     offset = 1 << scheme.num_bits
     # version 1 of the format stores zero points less 1, modulo the number of codes
-    zeros = ((unpack(read_tensor(found["qzeros"]), scheme.num_bits, rows) + 1) % offset).T
-    if scheme.symmetric:
+    less = 1 if scheme.form == "gptq" else 0
+    zeros = ((unpack(read_tensor(found["qzeros"]), scheme.num_bits, rows) + less) % offset).T
+    if scheme.symmetric:  # readers do not look at them then
         zeros = torch.full_like(zeros, offset // 2)
     group = _groups(scheme, columns)
     if "g_idx" in found:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moeq_plugin.checkpoint.headers import StoredTensor
-from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
 
 FLOATS = ("BF16", "F16", "F32")
 _LOW_FLOATS = ("F8_E4M3", "F8_E5M2")
@@ -47,7 +47,7 @@ def tensors_of(scheme: Scheme | None, shape: tuple[int, int]) -> dict[str, Expec
     if scheme is None:
         return {"weight": Expected(FLOATS, shape)}
     groups = num_groups(scheme, columns)
-    if scheme.form == "gptq":
+    if scheme.form in GPTQ_FORMS:
         packed_rows = _words(rows, scheme.num_bits)
         return {
             "qweight": Expected(("I32",), (_words(columns, scheme.num_bits), rows)),
@@ -103,7 +103,8 @@ def stored_scheme(
         rows = found["qweight"].shape[:1]
         scales = found["scales"].shape[:1] if "scales" in found else ()
         bits = _bits(rows, columns, base)
-        return _grouped(replace(base, form="gptq", num_bits=bits), scales, columns)
+        form = base.form if base.form in GPTQ_FORMS else "gptq"
+        return _grouped(replace(base, form=form, num_bits=bits), scales, columns)
     if "weight_packed" in found:
         packed = found["weight_packed"]
         if base.form != "pack-quantized" and (declared or packed.dtype != "I32"):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.findings import Finding, error
 from moeq_plugin.checkpoint.names import role_of
-from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
 
 _BY_COLUMNS = ("o_proj", "down_proj")
 _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj")
@@ -61,7 +61,7 @@ def why_indivisible(linear: Linear, scheme: Scheme | None, tp: int) -> str | Non
         return None
     if scheme.group_size and columns % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {ranks}{columns} columns"
-    if scheme.form in {"gptq", "pack-quantized"} and tp > 1:
+    if scheme.form in {*GPTQ_FORMS, "pack-quantized"} and tp > 1:
         if columns * scheme.num_bits % 32:
             return f"{ranks}{columns} columns of {scheme.num_bits} bits fill no whole words"
         if not scheme.symmetric and rows * scheme.num_bits % 32:

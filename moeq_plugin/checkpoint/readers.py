@@ -12,7 +12,7 @@ from moeq_plugin.checkpoint.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import is_same
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.lookup import transformers_experts_scheme
-from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
 
 _ONLY_WITH_US = (
     "read it with moeq_plugin.integrations.llm_compressor.loading.load_dequantized(directory); "
@@ -99,7 +99,7 @@ def check_vllm(layout: Layout, target: str) -> Iterator[Finding]:
 
 
 def _refusal(scheme: Scheme, role: Role, layout: Layout) -> str | None:
-    if scheme.form == "gptq":
+    if scheme.form in GPTQ_FORMS:
         if scheme.num_bits not in _KERNEL_BITS or not scheme.symmetric:
             return f"of the GPTQ format 4 and 8 bits, symmetric, are read; not {scheme.describe()}"
         if layout.schemes.desc_act and scheme.group_size:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-WHOLE_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "gptq")
+GPTQ_FORMS = ("gptq", "gptq_v2")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Scheme:
     """How a weight is stored.
 
     Attributes:
-        form: the format's name, ``gptq`` for that dialect.
+        form: the format's name; ``gptq`` for that dialect, ``gptq_v2`` where zero points are stored
+            as they are and not less 1.
         num_bits: of a code.
         group_size: input columns that share a scale; ``None`` for another strategy.
         symmetric: without zero points.
@@ -200,8 +201,9 @@ def _gptq_scheme(where: str, content: dict[str, Any], default: dict[str, Any]) -
     group_size = content.get("group_size", default.get("group_size", -1))
     if type(group_size) is not int or group_size < -1 or group_size == 0:
         raise ValueError(f"{where}: group_size must be -1 or positive, got {ascii(group_size)}")
+    form = content.get("checkpoint_format", default.get("checkpoint_format"))
     return Scheme(
-        form="gptq",
+        form="gptq_v2" if form == "gptq_v2" else "gptq",
         num_bits=_bits(where, content.get("bits", default.get("bits"))),
         group_size=group_size if group_size > 0 else None,
         symmetric=content.get("sym", default.get("sym", True)) is not False,

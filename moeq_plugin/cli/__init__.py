@@ -5,9 +5,12 @@ Frameworks are imported inside the commands, so help is instant.
 
 from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
     convert,
+    inspect,
+    evaluate,
     plan,
     quantize,
     sample,
+    verify,
 )
 from moeq_plugin.cli.shared import app
 

@@ -13,8 +13,6 @@ from checkpoints import (
     edited_config,
     edited_json,
     edited_tensors,
-    shard,
-    to_gptq,
 )
 from helpers import int4
 
@@ -445,14 +443,10 @@ def dynamic_rule_that_misses_the_experts_of_vllm(path):
     """With a dot at the end the pattern matches no layer's `...mlp.experts`."""
     with edited_tensors(path) as tensors:
         for name in [n for n in tensors if ".layers.1." in n and ".experts." in n]:
-            if name.endswith(".scales") and "down" not in name:
-                tensors[name] = tensors[name][::2]
-            elif name.endswith(".qzeros") and "down" not in name:
+            if name.endswith((".scales", ".qzeros")):
                 tensors[name] = tensors[name][::2]
             elif name.endswith(".g_idx"):
                 tensors[name] = tensors[name] // 2
-            elif "down" in name and name.endswith((".scales", ".qzeros")):
-                tensors[name] = tensors[name][::2]
     with edited_config(path) as config:
         rule = {r"+:.*\.layers\.1\.mlp\.experts\..*": {"group_size": 32}}
         config["quantization_config"]["dynamic"] = rule

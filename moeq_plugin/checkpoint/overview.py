@@ -1,0 +1,141 @@
+"""What a model is, from its config and the headers of its files: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moeq_plugin.checkpoint.architecture import KEPT, Architecture, Role
+from moeq_plugin.checkpoint.config import Config
+from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
+from moeq_plugin.checkpoint.files import Checkpoint, open_checkpoint
+from moeq_plugin.checkpoint.findings import Finding
+from moeq_plugin.checkpoint.headers import read_json
+from moeq_plugin.checkpoint.layout import Layout, lay_out
+from moeq_plugin.checkpoint.lookup import Lookup
+from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+from moeq_plugin.checkpoint.serving import check_units
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A model at a glance.
+
+    Attributes:
+        family: the config's model type.
+        is_known: whether its structure is known here, and not read off the file.
+        num_layers: decoder layers.
+        num_moe_layers: of which have experts.
+        num_experts: routed experts of each.
+        top_k: of which each token uses.
+        num_shared: shared experts.
+        experts: ``fused`` in one tensor per layer, ``separate``, or ``unknown`` from a config.
+        num_parameters: in all; 0 if they are not known.
+        layers: for each layer, its schemes and how many linears have them.
+        readers: for each reader, what it cannot do with the model; empty if it reads it.
+    """
+
+    family: str
+    is_known: bool
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    num_shared: int
+    experts: str
+    num_parameters: int
+    layers: dict[int, dict[str, int]]
+    readers: dict[str, list[str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the overview in JSON types."""
+        return {"schema_version": 1, **asdict(self)}
+
+
+def inspect_model(path: str | Path) -> Overview:
+    """Describe a checkpoint or a ``config.json``.
+
+    Raises:
+        ValueError: if there is neither, or the config cannot be one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _of_config(read_json(path), path)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return _of_config(read_json(path / "config.json"), path)
+    layout = lay_out(open_checkpoint(path))
+    fused = [layer for layer in layout.architecture.moe_layers if layout.is_fused(layer)]
+    return _overview(layout, "fused" if fused else "separate")
+
+
+def _of_config(content: dict[str, Any], path: Path) -> Overview:
+    """Describe a model of a known family as its config says that it is stored."""
+    config = Config(content)
+    if config.family not in FAMILIES:
+        raise ValueError(
+            f"{path}: {config.family} is not one of {', '.join(FAMILIES)}; give a directory with "
+            "safetensors files, whose headers say the rest"
+        )
+    architecture, schemes = architecture_of(config), read_schemes(content)
+    lookup = Lookup(schemes, config.family)
+    stored = {
+        linear.name: _declared(lookup, schemes, linear.role, linear.name, architecture)
+        for linear in architecture.linears.values()
+        if not linear.is_mtp
+    }
+    empty = Checkpoint(path.parent, content)
+    return _overview(Layout(empty, architecture, schemes, lookup, {}, stored), "unknown")
+
+
+def _declared(
+    lookup: Lookup, schemes: Schemes, role: Role, name: str, architecture: Architecture
+) -> Scheme | None:
+    is_quantized = bool(schemes.groups) and role is not Role.ROUTER
+    return lookup.by_name(architecture.linears[name]) if is_quantized else None
+
+
+def _overview(layout: Layout, experts: str) -> Overview:
+    architecture = layout.architecture
+    layers: dict[int, Counter[str]] = {}
+    for linear in layout.present():
+        if linear.layer is not None and linear.role not in KEPT:
+            scheme = layout.stored[linear.name]
+            name = scheme.describe() if scheme else "16 bit"
+            layers.setdefault(linear.layer, Counter())[name] += 1
+    return Overview(
+        family=architecture.family,
+        is_known=architecture.is_known,
+        num_layers=architecture.num_layers,
+        num_moe_layers=len(architecture.moe_layers),
+        num_experts=architecture.num_experts,
+        top_k=architecture.top_k,
+        num_shared=architecture.num_shared,
+        experts=experts if architecture.moe_layers else "none",
+        num_parameters=_num_parameters(architecture),
+        layers={layer: dict(layers[layer]) for layer in sorted(layers)},
+        readers=_readers(layout),
+    )
+
+
+def _num_parameters(architecture: Architecture) -> int:
+    linears = architecture.linears.values()
+    sizes = [linear.shape[0] * linear.shape[1] for linear in linears if not linear.is_mtp]
+    for name, shape in architecture.others.items():
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append(0 if ".shared_head." in name else size)
+    return sum(sizes)
+
+
+def _readers(layout: Layout) -> dict[str, list[str]]:
+    """Return what each reader cannot do; the same checks as those of a verification."""
+    found: dict[str, list[Finding]] = {
+        "vllm": [*check_units(layout, "vllm"), *check_vllm(layout, "vllm")],
+        "transformers": list(check_transformers(layout, "transformers")),
+        "gguf": list(check_units(layout, "gguf")),
+    }
+    return {reader: [f"{f.where}: {f.what}" for f in of] for reader, of in found.items()}

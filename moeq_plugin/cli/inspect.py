@@ -1,0 +1,54 @@
+"""``moeq inspect``: what a model is and who reads it, from config and headers."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeq_plugin.cli.shared import app, errors
+
+if TYPE_CHECKING:
+    from moeq_plugin.checkpoint.overview import Overview
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="directory of a model, or its config.json")],
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+) -> None:
+    """Describe a model in seconds, without reading a weight.
+
+    Raises:
+        typer.Exit: with code 2 if there is no model.
+    """
+    with errors("inspect"):
+        from moeq_plugin.checkpoint.overview import inspect_model
+
+        found = inspect_model(model)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+            return
+        known = "" if found.is_known else " (not a family that we know: read off the file)"
+        typer.echo(f"{found.family}{known}, {found.num_parameters / 1e9:.3g} B parameters")
+        typer.echo(
+            f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} experts, "
+            f"{found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
+        )
+        for line in _layers(found):
+            typer.echo(line)
+        for reader, limits in found.readers.items():
+            typer.echo(f"{reader}: {'; '.join(limits) or 'yes'}")
+
+
+def _layers(found: Overview) -> list[str]:
+    """Return a line for each run of layers that are alike."""
+    lines = []
+    for schemes, run in groupby(found.layers, key=lambda layer: found.layers[layer]):
+        layers = list(run)
+        span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+        lines.append(f"{span}: " + ", ".join(f"{n} x {name}" for name, n in schemes.items()))
+    return lines

@@ -1,0 +1,70 @@
+"""``moeq verify``: is a checkpoint what its config says, and will its reader see the same?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeq_plugin.cli.shared import app, errors
+
+if TYPE_CHECKING:
+    from moeq_plugin.checkpoint.findings import Finding
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="directory of a checkpoint of any origin")],
+    source: Annotated[
+        Path | None, typer.Option(help="16-bit model to compare every weight with")
+    ] = None,
+    target: Annotated[str, typer.Option(help="vllm, transformers or gguf")] = "vllm",
+    tp: Annotated[int, typer.Option(help="ranks of tensor parallelism")] = 1,
+    generate: Annotated[
+        str | None, typer.Option(help="prompt to continue with the dequantized model")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Check names, shapes, schemes and numbers of a checkpoint before anyone serves it.
+
+    Raises:
+        typer.Exit: with code 1 for errors, 2 if the request or a file cannot be read.
+    """
+    with errors("verify"):
+        from dataclasses import replace
+
+        from moeq_plugin import verify_checkpoint
+
+        report = verify_checkpoint(checkpoint, source, target=target, tp=tp)
+        if generate is not None and not report.errors:
+            text, found = _generate(checkpoint, generate)
+            report = replace(report, findings=(*report.findings, *found))
+            typer.echo(f"{generate}{text}", err=as_json)
+        if as_json:
+            typer.echo(json.dumps(report.to_dict(), indent=1))
+        else:
+            for line in report.lines():
+                typer.echo(line)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
+    """Return a continuation, and a finding if the model does not predict numbers."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from moeq_plugin.checkpoint.findings import error
+    from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+
+    model = load_dequantized(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+        if not logits.isfinite().all():
+            return "", [error("generation", "logits", f"NaN or infinity after {prompt!r}")]
+        tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]), []
