@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, INTEGRATIONS = ROOT / "moeq_plugin", ROOT / "integrations"
 FRAMEWORKS = {
     "transformers", "llmcompressor", "compressed_tensors", "optimum", "vllm", "datasets",
-    "accelerate", "gptqmodel",
+    "accelerate", "gptqmodel", "lm_eval",
 }  # fmt: skip
 OURS = "moeq_plugin."
 # part -> what its modules may import: frameworks, and other parts of ours

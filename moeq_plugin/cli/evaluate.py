@@ -1,0 +1,86 @@
+"""``moeq eval``: how far a quantized model is from the one that it was made of."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeq_plugin.cli.shared import app, device, errors
+
+_PACKAGES = ("moeq-plugin", "transformers", "torch")
+
+
+@app.command(name="eval")
+def evaluate(
+    base: Annotated[str, typer.Argument(help="model before quantization, directory or id")],
+    quant: Annotated[str, typer.Argument(help="quantized model, directory or id")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="text that neither was calibrated on; may be given several times"),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="of lm-eval, such as arc_easy,gsm8k")] = None,
+    limit: Annotated[int | None, typer.Option(help="documents per task; default: all")] = None,
+    task_files: Annotated[
+        Path | None, typer.Option(help="directory with tasks of your own for lm-eval")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="tokens per sequence")] = 512,
+    num_sequences: Annotated[int, typer.Option(help="per text, evenly spread over it")] = 64,
+    batch_size: Annotated[int, typer.Option(help="sequences or documents at a time")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="float32 shows quantization alone; bfloat16 or auto saves memory")
+    ] = "float32",
+    out: Annotated[
+        Path | None, typer.Option("--json", help="write the result, for `moeq report`")
+    ] = None,
+) -> None:
+    """Compare perplexity, predictions and routing on texts, and scores of tasks.
+
+    Raises:
+        typer.Exit: with code 2 if the request cannot be met.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moeq_plugin.cli.quality import (
+        check_request,
+        load_quantized,
+        measure_texts,
+        read_windows,
+        summary,
+    )
+    from moeq_plugin.cli.tasks import check_tasks, score_tasks
+    from moeq_plugin.report.quality import QualityRecord
+
+    with errors("eval"):
+        names = [name for name in (tasks or "").split(",") if name]
+        check_request(bool(text or names), seq_len, num_sequences, batch_size)
+        if names:
+            check_tasks(names, include_path=task_files)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        windows = {
+            path.stem: read_windows(tokenizer, path, seq_len, num_sequences) for path in text or ()
+        }
+        reference = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+        reference.to(device())  # type: ignore[arg-type]
+        model = load_quantized(quant, dtype).to(device())
+        record = QualityRecord(
+            reference=base,
+            quantized=quant,
+            settings={"seq_len": seq_len, "num_sequences": num_sequences, "dtype": dtype},
+            versions={package: version(package) for package in _PACKAGES},
+        )
+        measure_texts(record, model, reference, tokenizer, windows, batch_size)
+        if names:
+            record.settings |= {"limit": limit}
+            record.versions |= {"lm-eval": version("lm-eval")}
+            record.tasks = score_tasks(
+                model, reference, tokenizer, names,
+                limit=limit, batch_size=batch_size, include_path=task_files,
+            )  # fmt: skip
+        for line in summary(record):
+            typer.echo(line)
+        if out is not None:
+            record.save(out)
+            typer.echo(f"{out}: written")
