@@ -22,6 +22,7 @@ from moeq_plugin.integrations.llm_compressor.sensitivity import (
     SensitivityConfig,
     SensitivityModifier,
 )
+from moeq_plugin.integrations.llm_compressor.work_dir import write_whole
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.units import Target
 
@@ -90,10 +91,21 @@ class AllocatingModifier(GPTQModifier):
         """Tell whether schemes can be attached only once sensitivities have been measured."""
         return self._allocator is not None and self._allocator.allocation is None
 
-    def measure_and_allocate(self, state: State) -> None:
-        """Measure sensitivities on the calibration data and choose."""
+    def measure_and_allocate(self, state: State, kept: Path | None = None) -> None:
+        """Measure sensitivities on the calibration data and choose.
+
+        Args:
+            state: of the host.
+            kept: where the table is kept once it has been measured, and found if it was.
+        """
         assert isinstance(self.sensitivity, SensitivityConfig)  # a file was read before
-        self._solve(measure_sensitivity(self.sensitivity_modifier(self.sensitivity), state))
+        if kept is not None and kept.exists():
+            self._solve(SensitivityTable.load(kept))
+            return
+        table = measure_sensitivity(self.sensitivity_modifier(self.sensitivity), state)
+        if kept is not None:
+            write_whole(kept, table.save)
+        self._solve(table)
 
     def sensitivity_modifier(self, config: SensitivityConfig) -> SensitivityModifier:
         """Return what measures for this modifier, rounding as it does."""

@@ -7,8 +7,9 @@ routed has weight zero, so computing it, as the host does by default, changes no
 
 from __future__ import annotations
 
+import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,7 +128,7 @@ class Calibration:
         self.weight_gate_proj = weight_gate_proj
         self.observations: dict[nn.Linear, Observation] = {}
         self.samples: dict[nn.Module, TokenSample] = {}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._padding = padding
         self._seats: dict[nn.Module, Seat] = {}
         self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -162,6 +163,24 @@ class Calibration:
         for linear in linears:
             register_hook(linear, self._observe, "forward")
 
+    def check_finite(self, names: Mapping[nn.Module, str]) -> None:
+        """Refuse second moments that no weights could be fitted to.
+
+        Args:
+            names: of the linears.
+
+        Raises:
+            ValueError: naming the linears whose inputs are not finite.
+        """
+        for observation in self.observations.values():
+            if not observation.moments.hessian.diagonal().isfinite().all():
+                wrong = ", ".join(names[linear] for linear in observation.linears)
+                raise ValueError(
+                    f"the inputs of {wrong} contain NaN or infinity, the first linears in order "
+                    "of execution where that happens. Nothing was saved. Check the model in this "
+                    "dtype on this data; layers before this one are sound."
+                )
+
     def clear_layer(self) -> None:
         """Drop what belongs to the layer that has just been compressed."""
         self.observations.clear()
@@ -185,7 +204,11 @@ class Calibration:
         seat = self._seats[experts[0]]  # type: ignore[index]
         trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
         self._dispatch[experts] = trace.dispatch()
-        sample = self.samples.setdefault(experts, TokenSample(self._generator))
+        if experts not in self.samples:
+            # of this layer alone, so that a run that begins here draws what a whole run draws
+            layer_seed = random.Random(f"{self._seed}/{seat.layer.name}").getrandbits(63)
+            self.samples[experts] = TokenSample(torch.Generator().manual_seed(layer_seed))
+        sample = self.samples[experts]
         keep = self._padding.keep(len(hidden_states))
         if keep is not None:
             keep = keep.to(hidden_states.device)

@@ -18,7 +18,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers.quantization.calibration import observe
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
-from torch import distributed, nn
+from torch import nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.core.sampling import EBSSConfig
@@ -39,12 +39,14 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     write,
 )
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.ranks import sum_over_ranks
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.self_calibration import calibrate_on_own_text
 from moeq_plugin.integrations.llm_compressor.sensitivity import (
     SensitivityConfig,
     SensitivityModifier,
 )
+from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir, model_digest
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
@@ -104,6 +106,9 @@ class MoEQuantModifier(AllocatingModifier):
         seed: of the sample of layer tokens that starved experts borrow from.
         ebss: how the model writes its own calibration set when oneshot is given none
             (:class:`moeq_plugin.core.sampling.EBSSConfig`; a mapping of its fields in YAML).
+        work_dir: where to keep what is finished, layer by layer. A run that was killed continues
+            there when it is started again, and ends with the same checkpoint, bit for bit. Takes
+            as much room as the targeted weights in 16 bit.
     """
 
     affinity_power: float = Field(default=1.0, ge=0)
@@ -112,6 +117,7 @@ class MoEQuantModifier(AllocatingModifier):
     weight_gate_proj: bool = True
     seed: int = 0
     ebss: EBSSConfig = Field(default_factory=EBSSConfig)
+    work_dir: str | None = None
 
     @field_validator("scheme", mode="before")
     @classmethod
@@ -132,6 +138,8 @@ class MoEQuantModifier(AllocatingModifier):
     _writes_own_text: bool = PrivateAttr(default=False)
     _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _kept: dict[str, str] = PrivateAttr(default_factory=dict)
+    _work: WorkDir | None = PrivateAttr(default=None)
+    _restored: set[nn.Module] = PrivateAttr(default_factory=set)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -143,7 +151,9 @@ class MoEQuantModifier(AllocatingModifier):
         model = state.model
         self._layers = find_moe_layers(model)
         self._check_data(state.data.calib)
-        preflight.check_output_dir()
+        if self.work_dir is not None:
+            self._work = WorkDir(self.work_dir, self._identity(model))
+        preflight.check_running_output_dir()
         preflight.check_targets(model, self.resolved_targets)
         if not self._layers:
             logger.info("no MoE layers found: every linear gets plain GPTQ")
@@ -168,7 +178,7 @@ class MoEQuantModifier(AllocatingModifier):
         self._record = RunRecord(
             modifier=type(self).__name__,
             settings={k: v for k, v in self.model_dump().items() if k not in _HOST_STATE},
-            versions={package: version(package) for package in _PACKAGES},
+            versions=_versions(),
             kept=self._kept,
         )
         prepare_saving(state.model, self._layers, self._record, self.save_allocation)
@@ -179,12 +189,17 @@ class MoEQuantModifier(AllocatingModifier):
         Without data, let the model write some and run the host's pipeline on it, which comes back
         here and then through all other events.
         """
+        work = self._work
         if self._writes_own_text:
             self._writes_own_text = False
-            calibrate_on_own_text(state, self.ebss)
+            if work is not None:
+                work.begin(None)
+            calibrate_on_own_text(state, self.ebss, work and work.text)
             return
+        if work is not None:
+            work.begin(state.data.calib)
         if self.awaits_allocation:
-            self.measure_and_allocate(state)
+            self.measure_and_allocate(state, work and work.table)
             self._attach_schemes(state)
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
@@ -195,18 +210,28 @@ class MoEQuantModifier(AllocatingModifier):
             seed=self.seed,
             padding=padding,
         )
-        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
-        self._calibration.attach(state.model, self._layers, linears, self.register_hook)
         if not any(_observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
             run_routed_tokens_only(self._undo)
+        if work is not None:
+            self._restore(work)
+        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
+        self._calibration.attach(state.model, self._layers, linears, self.register_hook)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
         """Quantize the layer that has just been calibrated."""
-        if self._calibration is not None:  # else everything is done: the run on our own text was
-            super().on_sequential_epoch_end(state, event, modules, **kwargs)
+        if self._calibration is None:
+            return  # everything is done: the run on our own text was
+        record, names = self._record, self._module_names
+        assert record is not None  # set in on_initialize
+        num_finished = len(record.linears)
+        modules = [module for module in modules if module not in self._restored]
+        super().on_sequential_epoch_end(state, event, modules, **kwargs)
+        finished = record.linears[num_finished:]
+        if self._work is not None and finished:
+            self._work.keep(finished, {name: module for module, name in names.items()})
 
     def compress_modules(self) -> None:
         """Quantize every linear observed since the last layer; called once per layer."""
@@ -214,7 +239,7 @@ class MoEQuantModifier(AllocatingModifier):
         assert calibration is not None  # the host calls on_calibration_start first
         if is_distributed():
             sum_over_ranks(calibration)
-        self._check_finite(calibration)
+        calibration.check_finite(self._module_names)
         with torch.no_grad(), disable_offloading():
             for stack in stacks(self._jobs(calibration), self._max_stack()):
                 self._compress_stack(stack)
@@ -248,6 +273,27 @@ class MoEQuantModifier(AllocatingModifier):
         """Return what measures for this modifier, rounding as it does."""
         shared = set(SensitivityModifier.model_fields) & set(type(self).model_fields) - _HOST_STATE
         return SensitivityModifier(config=config, **{name: getattr(self, name) for name in shared})
+
+    def _identity(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the result depends on beside the data."""
+        asked = {k: v for k, v in self.model_dump().items() if k not in {*_HOST_STATE, "work_dir"}}
+        return {
+            "model": model_digest(model),
+            "own text": self._writes_own_text,
+            **{f"setting {name}": value for name, value in asked.items()},
+            **{f"version of {package}": number for package, number in _versions().items()},
+        }
+
+    def _restore(self, work: WorkDir) -> None:
+        """Take over what an earlier process has finished; it runs along and is not observed."""
+        assert self._record is not None  # set in on_initialize
+        modules = {name: module for module, name in self._module_names.items()}
+        self._record.linears += work.restore(modules)
+        self._restored = {modules[record.name] for record in self._record.linears}
+        for module in self._restored:
+            del self._pending[module]
+        if self._restored:
+            logger.info(f"{len(self._restored)} linears taken over from {work.path}")
 
     def _check_data(self, calib: Any) -> None:
         if calib is not None and len(calib) == 0:
@@ -325,21 +371,15 @@ class MoEQuantModifier(AllocatingModifier):
             )
         )
 
-    def _check_finite(self, calibration: Calibration) -> None:
-        for observation in calibration.observations.values():
-            if not observation.moments.hessian.diagonal().isfinite().all():
-                names = [self._module_names[linear] for linear in observation.linears]
-                raise ValueError(
-                    f"the inputs of {', '.join(names)} contain NaN or infinity, the first linears "
-                    "in order of execution where that happens. Nothing was saved. Check the model "
-                    "in this dtype on this data; layers before this one are sound."
-                )
-
     def _max_stack(self) -> int | None:
         """Translate the host's ``batched_quantization``; "auto" means what memory allows."""
         if self.batched_quantization == "auto":
             return None
         return self.batched_quantization or 1
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in _PACKAGES}
 
 
 def _observes_activations(module: nn.Module) -> bool:
@@ -349,19 +389,3 @@ def _observes_activations(module: nn.Module) -> bool:
         args is not None and args.dynamic is not True
         for args in (scheme.input_activations, scheme.output_activations)
     )
-
-
-def sum_over_ranks(calibration: Calibration) -> None:
-    """Give every rank the second moments and samples of all; each then solves the same problems.
-
-    Args:
-        calibration: what this rank has observed; modified in place.
-    """
-    for observation in calibration.observations.values():
-        moments = observation.moments
-        for tensor in vars(moments).values():
-            distributed.all_reduce(tensor)
-    for sample in calibration.samples.values():
-        parts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, sample.rows)
-        sample.rows = torch.cat([part.to(sample.rows.device) for part in parts])

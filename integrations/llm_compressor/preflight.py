@@ -117,18 +117,13 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
     )
 
 
-def check_output_dir() -> None:
+def check_output_dir(output_dir: Path) -> None:
     """Refuse an output directory that holds files or cannot be written.
-
-    An error after hours of calibration would be worse than looking up the running ``oneshot``.
 
     Raises:
         ValueError: if the directory is not empty, not a directory or not writable.
     """
-    running = running_oneshot()
-    if running is None or not running.output_dir:
-        return
-    output_dir = Path(running.output_dir).resolve()
+    output_dir = output_dir.resolve()
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(
             f"output_dir {output_dir} is not empty; nothing was written. Choose a new directory, "
@@ -140,3 +135,13 @@ def check_output_dir() -> None:
             f"output_dir {output_dir} cannot be written ({existing} is not a writable directory); "
             "nothing was calibrated yet."
         )
+
+
+def check_running_output_dir() -> None:
+    """Check the output directory of the running ``oneshot``, which tells it to no modifier.
+
+    An error after hours of calibration would be worse than looking it up.
+    """
+    running = running_oneshot()
+    if running is not None and running.output_dir:
+        check_output_dir(Path(running.output_dir))

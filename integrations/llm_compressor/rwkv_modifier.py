@@ -32,8 +32,9 @@ from moeq_plugin.integrations.llm_compressor.hybrid import (
     score_weights,
     weights_of_scheme,
 )
-from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier, sum_over_ranks
+from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.ranks import sum_over_ranks
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.models.rwkv_parts import ElementwiseScale, elementwise_parameters
@@ -107,6 +108,10 @@ class RWKVQuantModifier(MoEQuantModifier):
 
     @model_validator(mode="after")
     def _check_formats(self) -> RWKVQuantModifier:
+        if self.work_dir is not None:
+            raise ValueError(
+                "RWKVQuantModifier keeps no state to continue from: leave out work_dir"
+            )
         if self.elementwise is not None and self.elementwise.group_rows != 1:
             raise ValueError(
                 "elementwise.group_rows must be 1, an element-wise weight is one row, got "
@@ -197,7 +202,7 @@ class RWKVQuantModifier(MoEQuantModifier):
             sum_over_ranks(calibration)
             for power in self._powers.values():
                 _sum_power_over_ranks(power)
-        self._check_finite(calibration)
+        calibration.check_finite(self._module_names)
         with torch.no_grad(), disable_offloading():
             for observation in calibration.observations.values():
                 hessian, weight_sum, basis = guard(

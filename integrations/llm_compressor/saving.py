@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.offload.dist_utils import is_distributed
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
 from torch import nn
@@ -23,6 +25,7 @@ from moeq_plugin.integrations.llm_compressor.limits import (
     serving_limits,
     storage_limits,
 )
+from moeq_plugin.integrations.llm_compressor.staging import staged
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.report.model_card import save_model_card
 from moeq_plugin.report.record import RunRecord, save_records
@@ -70,12 +73,15 @@ def _write_on_save(
 
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save_pretrained(save_directory, *args, **kwargs)
-        records = [record for record, _ in noted]
-        save_records(records, Path(save_directory))
-        save_model_card(records, Path(save_directory))
-        for _, save_more in noted:
-            save_more(Path(save_directory))
+        wanted = Path(save_directory)
+        # ranks write to one directory together, so there it has to be the one that was asked for
+        with nullcontext(wanted) if is_distributed() else staged(wanted) as directory:
+            save_pretrained(directory, *args, **kwargs)
+            records = [record for record, _ in noted]
+            save_records(records, directory)
+            save_model_card(records, directory)
+            for _, save_more in noted:
+                save_more(directory)
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
     model.save_pretrained = save

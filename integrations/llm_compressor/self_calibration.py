@@ -7,6 +7,7 @@ the start of calibration: there we sample, and run the host's sequential pipelin
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
@@ -23,18 +24,25 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
+from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset, sample_set
 from moeq_plugin.integrations.llm_compressor.host import running_oneshot
+from moeq_plugin.report.sampling import SamplingReport
 
 _BATCH_TOKENS = 2048
 
 
-def calibrate_on_own_text(state: State, config: EBSSConfig) -> None:
+def calibrate_on_own_text(
+    state: State, config: EBSSConfig, path: Path | None = None
+) -> SamplingReport:
     """Sample a set, make it the state's calibration data, run the host's sequential pipeline.
 
     Args:
         state: holds the linearized model, its modifier initialized.
         config: what to sample.
+        path: where to keep the set, so that an interrupted run continues it.
+
+    Returns:
+        What the set is like.
     """
     model = state.model
     logger.info(
@@ -47,15 +55,16 @@ def calibrate_on_own_text(state: State, config: EBSSConfig) -> None:
     # linears that are not quantized yet have no scales
     routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
     with routed_only, DisableQuantization(model):
-        data = ebss_dataset(model, _tokenizer(running), config)
+        sampled = sample_set(model, _tokenizer(running), config, path=path)
     loader = DataLoader(
-        data.select_columns(["input_ids"]),
+        sampled.dataset.select_columns(["input_ids"]),
         batch_size=max(1, _BATCH_TOKENS // config.seq_len),
         collate_fn=default_data_collator,
     )
     arguments = running.dataset_args if running is not None else DatasetArguments()
     state.data.calib = loader
     SequentialPipeline()(model, loader, arguments)
+    return sampled.report
 
 
 @TextGenerationDataset.register(name="ebss")

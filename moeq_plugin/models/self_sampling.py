@@ -116,19 +116,25 @@ class SelfSampler:
         )
 
     def _run_round(self, indices: range, *, balanced: bool) -> None:
-        """Sample those of ``indices`` that are missing; ``balanced`` against all before them."""
+        """Sample those of ``indices`` that are missing; ``balanced`` against all before them.
+
+        Batches are formed as if none were finished: another batch would round otherwise, and a
+        continued set could differ from an uninterrupted one.
+        """
         base = [self.finished[i] for i in range(indices.start)] if balanced else []
-        missing = [index for index in indices if index not in self.finished]
         rank, world = _rank_and_world()
-        starts = {index: self._start(index) for index in missing[rank::world]}
+        starts = {index: self._start(index) for index in indices[rank::world]}
         by_length = sorted(starts, key=lambda index: (len(starts[index]), index))
         for _, group in itertools.groupby(by_length, key=lambda index: len(starts[index])):
             same_length = list(group)
             for first in range(0, len(same_length), self._batch):
                 batch = same_length[first : first + self._batch]
+                if all(index in self.finished for index in batch):
+                    continue
                 for sequence in self._sample(batch, [starts[index] for index in batch], base):
-                    self.finished[sequence.index] = sequence
-                    self._on_finished(sequence)
+                    if sequence.index not in self.finished:
+                        self.finished[sequence.index] = sequence
+                        self._on_finished(sequence)
         for sequence in _share(self.finished):
             self._on_finished(sequence)
 

@@ -1,0 +1,45 @@
+"""Directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OF_A_CHECKPOINT = ("*.safetensors", "*.safetensors.index.json")
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory of the same name whose files go to ``directory`` at the end.
+
+    After an exception ``directory`` is as it was. A directory that holds files keeps those that
+    the new ones do not replace, but for weights, which would be mistaken for the new ones.
+
+    Args:
+        directory: need not exist.
+    """
+    directory = directory.absolute()
+    workshop = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
+    stage = workshop / directory.name
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        _publish(stage, directory)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _publish(stage: Path, directory: Path) -> None:
+    if not directory.exists() or not any(directory.iterdir()):
+        stage.replace(directory)
+        return
+    new = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
+    stale = {path for pattern in _OF_A_CHECKPOINT for path in directory.glob(pattern)}
+    for path in new:
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (stage / path).replace(directory / path)
+    for path in stale - {directory / path for path in new}:
+        path.unlink()
