@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from moeq_plugin.checkpoint.findings import Finding
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
+from moeq_plugin.checkpoint.names import canonical, layer_of, split_tensor
 from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
 from moeq_plugin.checkpoint.serving import check_units
@@ -72,7 +74,11 @@ def inspect_model(path: str | Path) -> Overview:
 
 
 def _of_config(content: dict[str, Any], path: Path) -> Overview:
-    """Describe a model of a known family as its config says that it is stored."""
+    """Describe a model of a known family as its config says that it is stored.
+
+    Raises:
+        ValueError: if the family is not known.
+    """
     config = Config(content)
     if config.family not in FAMILIES:
         raise ValueError(
@@ -114,21 +120,26 @@ def _overview(layout: Layout, experts: str) -> Overview:
         top_k=architecture.top_k,
         num_shared=architecture.num_shared,
         experts=experts if architecture.moe_layers else "none",
-        num_parameters=_num_parameters(architecture),
+        num_parameters=_num_parameters(layout),
         layers={layer: dict(layers[layer]) for layer in sorted(layers)},
         readers=_readers(layout),
     )
 
 
-def _num_parameters(architecture: Architecture) -> int:
+def _num_parameters(layout: Layout) -> int:
+    """Count what transformers loads: not the layers for next-token prediction."""
+    architecture = layout.architecture
+    others = architecture.others or {  # of a family that we do not know: what the file holds
+        name: tensor.shape
+        for name, tensor in layout.checkpoint.tensors.items()
+        if split_tensor(canonical(name))[0] not in architecture.linears
+    }
     linears = architecture.linears.values()
-    sizes = [linear.shape[0] * linear.shape[1] for linear in linears if not linear.is_mtp]
-    for name, shape in architecture.others.items():
-        size = 1
-        for length in shape:
-            size *= length
-        sizes.append(0 if ".shared_head." in name else size)
-    return sum(sizes)
+    return sum(math.prod(linear.shape) for linear in linears if not linear.is_mtp) + sum(
+        math.prod(shape)
+        for name, shape in others.items()
+        if (layer_of(name) or 0) < architecture.num_layers
+    )
 
 
 def _readers(layout: Layout) -> dict[str, list[str]]:

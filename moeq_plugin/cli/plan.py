@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,11 @@ from moeq_plugin.cli.shared import app, errors, read_dataset, run_oneshot
 def plan(
     model: Annotated[str, typer.Argument(help="model directory or id")],
     sensitivity: Annotated[
-        Path, typer.Option(help="table of sensitivities; measured and written if it is not there")
-    ],
+        Path | None,
+        typer.Option(help="allocate bits by this table; measured and written if it is not there"),
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="without a table: such as W4A16_G64")] = "W4A16",
+    tp: Annotated[int, typer.Option(help="without a table: ranks of tensor parallelism")] = 1,
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
     ] = None,
@@ -34,11 +38,19 @@ def plan(
         Path | None, typer.Option(help="where to write the allocation of the last budget")
     ] = None,
 ) -> None:
-    """Measure what every linear loses at every option, and allocate bits to budgets.
+    """Say what quantizing a model gives, from its headers; or allocate bits to budgets.
 
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
+    if sensitivity is None:
+        if bits_per_weight or allocation is not None:
+            typer.echo("moeq plan: budgets and allocations need --sensitivity", err=True)
+            raise typer.Exit(2)
+        with errors("plan"):
+            for line in _from_headers(model, scheme, tp):
+                typer.echo(line)
+        return
     from moeq_plugin.core.allocation import BitBudget, pareto_front
     from moeq_plugin.core.sensitivity import SensitivityTable
 
@@ -58,6 +70,37 @@ def plan(
             )
         if allocation is not None and front:
             front[-1].save(allocation)
+
+
+def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
+    """Yield what quantization will do and write, and what servers will not do with it."""
+    from moeq_plugin.checkpoint.planning import plan_quantization
+    from moeq_plugin.checkpoint.presets import scheme_named
+
+    parsed = scheme_named(scheme)
+    found = plan_quantization(model, parsed, tp=tp)
+    arch = found.architecture
+    yield (
+        f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
+        f"experts, {arch.top_k} per token, {arch.num_shared} shared"
+    )
+    roles = Counter(found.kept.values())
+    yield (
+        f"quantized: {len(found.quantized)} linears, {found.quantized_frac:.1%} of all parameters, "
+        f"to {parsed.describe()}; in 16 bit: "
+        + (", ".join(f"{count} x {role}" for role, count in roles.items()) or "no linear")
+    )
+    file = "several files" if found.file_bytes is None else f"a file of {found.file_bytes} bytes"
+    yield f"{found.source_bytes} bytes of tensors become {found.tensor_bytes}, {file}"
+    if found.misfits:
+        some = ", ".join(found.misfits[:3])
+        yield (
+            f"refused: groups of {parsed.group_size} do not divide the columns of "
+            f"{len(found.misfits)} linears ({some}): use another group size, such as {scheme}_G32, "
+            "or `ignore` them"
+        )
+    for warning in found.warnings:
+        yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"
 
 
 def _measure(
