@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moeq_plugin.core.allocation import BitBudget, allocate_bits
     from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.integrations.hf import MoEQuantConfig
     from moeq_plugin.integrations.llm_compressor import MoEQuantModifier, RWKVQuantModifier
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
     from moeq_plugin.models.evaluation import evaluate
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitBudget": "moeq_plugin.core.allocation",
     "EBSSConfig": "moeq_plugin.core.sampling",
+    "MoEQuantConfig": "moeq_plugin.integrations.hf",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "SensitivityTable": "moeq_plugin.core.sensitivity",
@@ -33,6 +35,7 @@ _HOMES = {
 __all__ = [
     "BitBudget",
     "EBSSConfig",
+    "MoEQuantConfig",
     "MoEQuantModifier",
     "RWKVQuantModifier",
     "SensitivityTable",

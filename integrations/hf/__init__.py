@@ -1,15 +1,20 @@
-"""transformers loads our checkpoints once this package has been imported.
+"""Doors of transformers and Optimum, and the GPTQ format.
 
-Importing it registers ``quant_method: moeq`` (codebook weights beside compressed-tensors ones).
+Importing it registers two methods with transformers: ``moeq``, which loads checkpoints with
+codebook weights beside compressed-tensors ones, and quantizing while loading
+(:class:`MoEQuantConfig`).
 """
 
 try:
+    import llmcompressor  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "moeq_plugin's loaders need transformers: pip install 'moeq-plugin[llmcompressor]'"
+        "moeq_plugin's doors for transformers and Optimum need llm-compressor: "
+        "pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 
-from moeq_plugin.integrations.hf.quantizer import MoEQuantConfig, MoEQuantizer
+from moeq_plugin.integrations.hf.codebook_quantizer import CodebookConfig, CodebookQuantizer
+from moeq_plugin.integrations.hf.quantize_on_load import MoEQuantConfig, OnLoadQuantizer
 
-__all__ = ["MoEQuantConfig", "MoEQuantizer"]
+__all__ = ["CodebookConfig", "CodebookQuantizer", "MoEQuantConfig", "OnLoadQuantizer"]

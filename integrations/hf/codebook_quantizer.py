@@ -32,7 +32,7 @@ METHOD = "moeq"
 
 
 @register_quantization_config(METHOD)
-class MoEQuantConfig(QuantizationConfigMixin):
+class CodebookConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint with codebook weights.
 
     Args:
@@ -74,7 +74,7 @@ class MoEQuantConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class MoEQuantizer(HfQuantizer):  # type: ignore[misc]
+class CodebookQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds packed modules before weights are loaded, and leaves the rest to compressed-tensors.
 
     Args:
@@ -83,9 +83,9 @@ class MoEQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = True  # an unquantized model is quantized by oneshot, not here
-    quantization_config: MoEQuantConfig
+    quantization_config: CodebookConfig
 
-    def __init__(self, quantization_config: MoEQuantConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: CodebookConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._scalar: CompressedTensorsHfQuantizer | None = None
         if quantization_config.scalar is not None:

@@ -1,0 +1,108 @@
+"""Quantize a loaded model by running llm-compressor: what the doors of transformers and Optimum do.
+
+Both go through ``oneshot`` and :class:`MoEQuantModifier`, so that the same data and seed give the
+same codes whichever door one comes in by.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from loguru import logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moeq_plugin.integrations.hf.coverage import Coverage, check_coverage
+from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
+
+NUM_CALIBRATION_SAMPLES = 512  # the host's defaults
+MAX_SEQ_LENGTH = 2048
+
+Calibration = Dataset | str | Sequence[str] | Sequence[Mapping[str, Any]] | None
+
+
+def quantize(
+    model: PreTrainedModel,
+    modifier: MoEQuantModifier,
+    *,
+    dataset: Calibration = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    num_calibration_samples: int | None = NUM_CALIBRATION_SAMPLES,
+    max_seq_length: int | None = MAX_SEQ_LENGTH,
+) -> Coverage:
+    """Quantize a model in place and log how much of it was reached.
+
+    Args:
+        model: loaded in 16 or 32 bit; its experts are made linears.
+        modifier: what to do.
+        dataset: as for ``oneshot``, a list of texts, or a list of tokenized sequences. ``None``
+            lets the model write its own.
+        tokenizer: ``None`` means the one beside the model.
+        num_calibration_samples: sequences used.
+        max_seq_length: tokens of each.
+
+    Raises:
+        ValueError: if a part of the blocks would stay in 16 bit without being ignored by name.
+    """
+    linearize_moe(model)
+    coverage = check_coverage(model, modifier)
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=modifier,
+        dataset=as_dataset(dataset),
+        num_calibration_samples=num_calibration_samples,
+        max_seq_length=max_seq_length,
+        shuffle_calibration_samples=False,  # sums in one order give the same codes every time
+    )
+    logger.info(str(coverage))
+    return coverage
+
+
+def as_dataset(data: Calibration) -> Dataset | str | None:
+    """Return what ``oneshot`` takes for the forms that Optimum takes.
+
+    Raises:
+        ValueError: if it is a list of something else.
+    """
+    if data is None or isinstance(data, str | Dataset):
+        return data
+    rows = list(data)
+    if rows and all(isinstance(row, str) for row in rows):
+        return Dataset.from_dict({"text": rows})
+    if rows and all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        return Dataset.from_list([_plain(row) for row in rows])
+    raise ValueError(
+        "dataset must be a data set, its name, a list of texts or a list of mappings with "
+        f"input_ids, got {type(data).__name__} of {sorted({type(row).__name__ for row in rows})}"
+    )
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse names that nobody knows, instead of passing them over.
+
+    Args:
+        given: keys of a configuration.
+        known: those that mean something.
+        what: the configuration.
+
+    Raises:
+        ValueError: listing each with the nearest known ones.
+    """
+    known = sorted(known)
+    lines = []
+    for name in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(name, known, n=2)
+        lines.append(f"  - {name!r}" + (f", did you mean {near}?" if near else ""))
+    if lines:
+        raise ValueError(f"{what} has unknown keys:\n" + "\n".join(lines) + f"\nknown: {known}")
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return one sequence's columns as lists, from lists or tensors of one row."""
+    columns = {k: v.tolist() if hasattr(v, "tolist") else list(v) for k, v in row.items()}
+    return {k: v[0] if v and isinstance(v[0], list) else v for k, v in columns.items()}
