@@ -5,10 +5,11 @@ Frameworks are imported inside the commands, so help is instant.
 
 from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
     convert,
-    inspect,
     evaluate,
+    inspect,
     plan,
     quantize,
+    report,
     sample,
     verify,
 )

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moeq_plugin.report.sampling import SamplingReport
+
 SCHEMA_VERSION = 1
 FILE_NAME = "moeq_run.json"
 
@@ -57,6 +59,10 @@ class RunRecord:
         kept: targeted modules left in 16 bit, with the reason.
         uniformity: where weights were scored, both proxies of each and whether it stayed scalar.
         bits_per_weight: of the quantized weights with all that is stored for them, where known.
+        model: name or path of the model before quantization, empty where unknown.
+        calibration: what it was calibrated on, in words; empty where unknown.
+        sampling: what the text is like that the model wrote for itself, if it did.
+        run: what else a reader wants to know of the run, such as ``hardware`` or ``wall time``.
     """
 
     modifier: str
@@ -67,6 +73,10 @@ class RunRecord:
     kept: dict[str, str] = field(default_factory=dict)
     uniformity: dict[str, dict[str, Any]] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    model: str = ""
+    calibration: str = ""
+    sampling: SamplingReport | None = None
+    run: dict[str, str] = field(default_factory=dict)
 
     def count(self, basis: Basis) -> int:
         """Return how many linears rest on ``basis``."""
@@ -103,7 +113,7 @@ class RunRecord:
                 f"{path} has schema version {content.get('schema_version')}, this package reads "
                 f"{SCHEMA_VERSION}"
             )
-        return [cls(**{**run, "linears": _linears(run["linears"])}) for run in content["runs"]]
+        return [cls(**_typed(run)) for run in content["runs"]]
 
 
 def save_records(records: list[RunRecord], directory: Path) -> Path:
@@ -114,5 +124,7 @@ def save_records(records: list[RunRecord], directory: Path) -> Path:
     return path
 
 
-def _linears(entries: list[dict[str, Any]]) -> list[LinearRecord]:
-    return [LinearRecord(**{**entry, "basis": Basis(entry["basis"])}) for entry in entries]
+def _typed(run: dict[str, Any]) -> dict[str, Any]:
+    linears = [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in run["linears"]]
+    sampling = run.get("sampling")
+    return {**run, "linears": linears, "sampling": sampling and SamplingReport(**sampling)}

@@ -12,7 +12,7 @@ import statistics
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _DEGENERATE = 0.2  # median share of distinct 4-grams
 _NUM_SAMPLES = 5
@@ -38,6 +38,7 @@ class SamplingReport:
         compression_ratio: bytes by bytes after zlib, of the text or else of the token ids.
         starved: experts that did not reach ``min_expert_tokens``, by layer.
         samples: the beginnings of a few sequences, empty without a tokenizer.
+        load: ``[layers][experts]``, slots that each expert received.
     """
 
     num_sequences: int
@@ -54,6 +55,7 @@ class SamplingReport:
     compression_ratio: float
     starved: dict[str, list[int]]
     samples: list[str]
+    load: list[list[int]] = field(default_factory=list)
 
     @property
     def warnings(self) -> list[str]:
@@ -132,6 +134,7 @@ def report_on_samples(
         compression_ratio=len(raw) / len(zlib.compress(raw)),
         starved=dict(starved),
         samples=[text[:_SAMPLE_LENGTH] for text in texts[:_NUM_SAMPLES]],
+        load=[list(layer) for layer in load],
     )
 
 
