@@ -24,6 +24,9 @@ def report(
     evaluation: Annotated[
         Path | None, typer.Option(help="of `moeq eval --json`, if it is not in the directory")
     ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="also write a model card with what was measured")
+    ] = None,
 ) -> None:
     """Write one HTML file with everything that is known of a checkpoint; it needs no network.
 
@@ -31,6 +34,7 @@ def report(
         typer.Exit: with code 2 if the request cannot be met.
     """
     from moeq_plugin.report.directory import read_directory
+    from moeq_plugin.report.model_card import model_card
 
     with errors("report"):
         found = read_directory(checkpoint, evaluation=evaluation)
@@ -39,6 +43,9 @@ def report(
         page = _rendered(found)
         path.write_text(page, encoding="utf-8")
         typer.echo(f"{path}: written, {len(page) / 1e6:.1f} MB")
+        if card is not None:
+            card.write_text(model_card(found), encoding="utf-8")
+            typer.echo(f"{card}: written")
         for problem in found.problems:
             typer.echo(f"warning: {problem}", err=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_ROW, _HEAD = 26, 114  # pixels of a heatmap's row, and of everything around its rows
+_ROW, _HEAD = 26, 118  # pixels of a heatmap's row, and of everything around its rows
 SERIES = ("$series1", "$series2", "$series3", "$series4", "$series5", "$series6", "$series7")
 _DIVERGING = [[0, "$low"], [0.5, "$middle"], [1, "$high"]]
 _SEQUENTIAL = [[0, "$scale0"], [0.5, "$scale1"], [1, "$scale2"]]
@@ -59,7 +59,7 @@ def log_scale(title: str, values: Sequence[float]) -> Scale:
     low, high = math.log10(min(positive)), math.log10(max(positive))
     if high - low < 0.3:  # all but equal: do not blow up what is noise
         low, high = low - 0.15, high + 0.15
-    steps = (1, 2, 5) if high - low < 1.7 else (1,)
+    steps = (1, 2, 5) if high - low < 2.6 else (1,)
     marks = [s * 10**e for e in range(math.floor(low), math.ceil(high) + 1) for s in steps]
     ticks = {math.log10(m): short(m) for m in marks if low <= math.log10(m) <= high}
     return Scale(title, low, high, ticks)
@@ -108,12 +108,23 @@ def heatmap(
         scale: of the colours.
         marked: (row, expert) of cells that get a mark.
     """
+    height = min(760, _HEAD + max(3, len(layers)) * _ROW)
+    # title above bar above cells, from the top edge: beside them a phone has no room, and inside
+    # the plot's own coordinates they would move with the number of rows
+    top = {"yref": "container", "yanchor": "top"}
     bar = {
-        "orientation": "h", "x": 0.5, "xanchor": "center", "y": 1, "yanchor": "bottom", "len": 1,
+        **top, "orientation": "h", "x": 0.5, "xanchor": "center", "y": 1 - 22 / height, "len": 1,
         "thickness": 10, "outlinewidth": 0, "ypad": 6, "ticks": "outside", "ticklen": 3,
-        "title": {"text": scale.title, "side": "top"},
         "tickvals": list(scale.ticks), "ticktext": list(scale.ticks.values()),
     }  # fmt: skip
+    title = {
+        **top,
+        "text": scale.title,
+        "x": 0.5,
+        "xref": "paper",
+        "y": 1 - 3 / height,
+        "font": {"size": 13},
+    }
     labels = [str(layer) for layer in layers]
     cells = {
         "type": "heatmap", "z": values, "y": labels, "text": hover, "hoverongaps": False,
@@ -128,8 +139,7 @@ def heatmap(
     }  # fmt: skip
     columns = max(map(len, values))
     layout = {
-        "height": min(760, _HEAD + max(3, len(layers)) * _ROW),
-        "margin": {"l": 48, "r": 12, "t": 66, "b": 46},
+        "height": height, "title": title, "margin": {"l": 48, "r": 12, "t": 66, "b": 46},
         "xaxis": {"title": {"text": "expert"}, "range": [-0.5, columns - 0.5], "showgrid": False,
                   "zeroline": False, **whole_numbers(columns)},
         "yaxis": {"title": {"text": "layer"}, "type": "category", "autorange": "reversed",

@@ -2,40 +2,238 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
-from moeq_plugin.report.record import RunRecord
+from moeq_plugin.report.directory import Findings, read_directory
+from moeq_plugin.report.names import place
+from moeq_plugin.report.quality import QualityRecord
+from moeq_plugin.report.record import Basis, RunRecord
+from moeq_plugin.report.section import number, percent, size, with_error
+from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
 
 FILE_NAME = "README.md"
+_MAX_ROWS = 40
 
 
-def model_card(records: Sequence[RunRecord]) -> str:
-    """Return Markdown: schemes, health of the run, limits and versions.
+def model_card(found: Findings) -> str:
+    """Return Markdown, with the metadata that hubs read: all that the directory says of itself."""
+    name = found.directory.resolve().name
+    parts = (
+        _metadata(found),
+        _overview(found, name),
+        _schemes(found),
+        _calibration(found),
+        _use(found, name),
+        _evaluation(found, name),
+        _recipe(found),
+        _limits(found),
+    )
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def save_model_card(
+    records: Sequence[RunRecord], directory: Path, *, published: Path | None = None
+) -> None:
+    """Write the card, unless there is one already.
 
     Args:
-        records: one per modifier that took part.
+        records: what was done, one per modifier.
+        directory: holds the other files of the checkpoint.
+        published: where these files will go, if not there already; its card stays too.
     """
-    lines = ["# Quantized model", ""]
-    for record in records:
-        schemes = Counter(linear.scheme for linear in record.linears)
-        lines += [f"Made with `{record.modifier}` of moeq-plugin {record.versions['moeq-plugin']}."]
-        lines += ["", "| linears | scheme |", "|---|---|"]
-        lines += [f"| {count} | {scheme} |" for scheme, count in sorted(schemes.items())]
-        lines += ["", record.summary(len(record.linears)) + ".", ""]
-    limits = list(dict.fromkeys(limit for record in records for limit in record.limits))
-    lines += ["## Before you load it", ""]
-    lines += [f"- {limit}" for limit in limits] or ["Nothing is known that would misread it."]
-    versions = {package: v for record in records for package, v in record.versions.items()}
-    lines += ["", "## Made with", ""]
-    lines += [f"- {package} {number}" for package, number in versions.items()]
-    lines += ["", "Every linear, its effective tokens and its loss: `moeq_run.json`.", ""]
-    return "\n".join(lines)
+    if not any((of / FILE_NAME).exists() for of in (directory, published or directory)):
+        found = read_directory(directory)
+        found.records = list(records)
+        (directory / FILE_NAME).write_text(model_card(found))
 
 
-def save_model_card(records: Sequence[RunRecord], directory: Path) -> None:
-    """Write the card, unless there is one already."""
-    path = directory / FILE_NAME
-    if not path.exists():
-        path.write_text(model_card(records))
+def _metadata(found: Findings) -> Iterator[str]:
+    method = (found.config.get("quantization_config") or {}).get("quant_method")
+    tags = ["moeq-plugin", "llm-compressor", *([method] if method else [])]
+    if effective_tokens(found.linears):
+        tags.insert(0, "moe")
+    yield "---"
+    if _is_hub_id(found.model):
+        yield f"base_model: {found.model}"
+        yield "base_model_relation: quantized"
+    yield "library_name: transformers"
+    yield "pipeline_tag: text-generation"
+    yield "tags:"
+    yield from (f"- {tag}" for tag in tags)
+    yield "---"
+
+
+def _is_hub_id(name: str) -> bool:
+    """Tell a name that others know from a path that is nobody else's business."""
+    return bool(name) and len(PurePath(name).parts) == 2 and not Path(name).exists()
+
+
+def _base(found: Findings) -> str:
+    return found.model if _is_hub_id(found.model) else PurePath(found.model).name
+
+
+def _overview(found: Findings, name: str) -> Iterator[str]:
+    config = found.config
+    yield from ("", f"# {name}", "")
+    made = " and ".join(f"`{record.modifier}`" for record in found.records)
+    base = f" of `{_base(found)}`" if found.model else ""
+    yield f"A quantized copy{base}, made with {made or 'unknown means'} of moeq-plugin."
+    yield from ("", "| | |", "|---|---|")
+    if config.get("architectures"):
+        yield f"| architecture | {', '.join(config['architectures'])} |"
+    experts = next((config[k] for k in _EXPERTS if config.get(k)), None)
+    if experts:
+        shared = config.get("n_shared_experts") or int("shared_expert_intermediate_size" in config)
+        also = f", {shared} shared" if shared else ""
+        top_k = config.get("num_experts_per_tok")
+        yield f"| experts per layer | {experts}, {top_k} per token{also} |"
+    if found.bits_per_weight is not None:
+        yield f"| true bits per quantized weight, scales included | {found.bits_per_weight:.3f} |"
+    if found.stored is not None:
+        before = size(2 * found.stored.num_weights)
+        yield f"| size | {size(found.stored.num_bytes)}; {before} in 16 bit |"
+        yield f"| parameters that are quantized | {percent(found.stored.quantized_share)} |"
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _schemes(found: Findings) -> Iterator[str]:
+    if not found.linears:
+        return
+    yield from ("", "## Scheme", "", "| linears | scheme |", "|---|---|")
+    counts = Counter(linear.scheme for linear in found.linears)
+    yield from (f"| {count} | {scheme} |" for scheme, count in sorted(counts.items()))
+    kept = {name: why for record in found.records for name, why in record.kept.items()}
+    if kept:
+        yield from (
+            "",
+            "In 16 bit: " + ", ".join(f"`{n}` ({why})" for n, why in kept.items()) + ".",
+        )
+    if len(counts) > 1:
+        yield from _bits_of_layers(found)
+
+
+def _bits_of_layers(found: Findings) -> Iterator[str]:
+    groups: dict[int, dict[bool, Counter[str]]] = {}
+    for linear in found.linears:
+        where = place(linear.name)
+        if where.layer is not None:
+            of_layer = groups.setdefault(where.layer, {True: Counter(), False: Counter()})
+            of_layer[where.expert is not None][linear.scheme.split(" ")[0]] += 1
+    yield from ("", "| layer | routed experts | other linears |", "|---|---|---|")
+    for layer, of in sorted(groups.items()):
+        cells = (
+            ", ".join(f"{n} × {s}" for s, n in sorted(of[key].items())) for key in (True, False)
+        )
+        yield f"| {layer} | " + " | ".join(cells) + " |"
+
+
+def _calibration(found: Findings) -> Iterator[str]:
+    if not found.linears:
+        return
+    yield from ("", "## Calibration", "")
+    for record in found.records:
+        if record.sampling is not None:
+            yield f"On text that the model wrote itself: {record.sampling.summary()}."
+        elif record.calibration:
+            yield f"On {record.calibration}."
+        line = record.summary(len(record.linears))
+        yield f"{line[0].upper()}{line[1:]}."
+    everything = [t for of in effective_tokens(found.linears).values() for t in of.values()]
+    if everything:
+        low, middle = min(everything), statistics.median(everything)
+        yield f"Effective tokens of an expert: at least {number(low)}, median {number(middle)}."
+    weak = [linear for linear in found.linears if linear.basis is not Basis.OWN]
+    if weak:
+        weak.sort(key=lambda linear: linear.effective_tokens)
+        yield from (
+            "",
+            "| linear on a fallback | second moments | effective tokens |",
+            "|---|---|---|",
+        )
+        for x in weak[:_MAX_ROWS]:
+            yield f"| {x.name} | {IN_WORDS[x.basis]} | {number(x.effective_tokens)} |"
+        if len(weak) > _MAX_ROWS:
+            yield f"| and {len(weak) - _MAX_ROWS} more in `moeq_run.json` | | |"
+
+
+def _use(found: Findings, name: str) -> Iterator[str]:
+    yield from ("", "## Use", "", "```", f"vllm serve ./{name}", "```", "")
+    yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "")
+    yield f'model = AutoModelForCausalLM.from_pretrained("./{name}", dtype="auto")'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("./{name}")'
+    yield "```"
+    limits = list(dict.fromkeys(limit for record in found.records for limit in record.limits))
+    yield from ("", "Before you load it:" if limits else "Nothing is known that would misread it.")
+    if limits:
+        yield from ("", *(f"- {limit}" for limit in limits))
+
+
+def _evaluation(found: Findings, name: str) -> Iterator[str]:
+    base = _base(found) or "BASE"
+    tasks = ",".join(t.task for t in found.quality.tasks) if found.quality else ""
+    yield from ("", "## Evaluation", "", "```")
+    yield f"moeq eval {base} ./{name} --text FILE --json ./{name}/moeq_eval.json"
+    yield (
+        f"lm_eval --model vllm --model_args pretrained=./{name},dtype=auto "
+        f"--tasks {tasks or 'arc_challenge,hellaswag,gsm8k'} --batch_size auto"
+    )
+    yield "```"
+    if found.quality is None:
+        yield from ("", "No results here yet: this checkpoint was not evaluated when it was saved.")
+        return
+    yield from _results(found.quality)
+
+
+def _results(quality: QualityRecord) -> Iterator[str]:
+    if quality.texts:
+        yield from (
+            "",
+            "| text | perplexity before | after | KL mean | KL 99 % | same first token |",
+        )
+        yield "|---|---|---|---|---|---|"
+        for name, text in quality.texts.items():
+            cells = ("reference_perplexity", "perplexity", "kl", "kl_p99", "top1_agreement")
+            values = (with_error(text[cell], text[f"{cell}_stderr"]) for cell in cells)
+            yield f"| {name} | " + " | ".join(values) + " |"
+    if quality.tasks:
+        yield from ("", "| task | before | after | left |", "|---|---|---|---|")
+        for task in quality.tasks:
+            before = with_error(task.reference, task.reference_stderr)
+            after = with_error(task.score, task.stderr)
+            yield f"| {task.task} ({task.metric}) | {before} | {after} | {percent(task.recovery)} |"
+    if quality.worst_task is not None:
+        worst = quality.worst_task
+        yield from ("", f"Worst task: {worst.task}, {percent(worst.recovery)} of its score left.")
+
+
+def _recipe(found: Findings) -> Iterator[str]:
+    if not found.records:
+        return
+    yield from ("", "## Recipe", "", "```yaml", "quant_stage:", "  quant_modifiers:")
+    for record in found.records:
+        yield f"    {record.modifier}:"
+        yield from (f"      {key}: {json.dumps(value)}" for key, value in _given(record))
+    yield from ("```", "", "Made with:", "")
+    versions = {package: v for record in found.records for package, v in record.versions.items()}
+    facts = {key: value for record in found.records for key, value in record.run.items()}
+    yield from (f"- {key} {value}" for key, value in {**versions, **facts}.items())
+
+
+def _given(record: RunRecord) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in record.settings.items() if value not in (None, [], {}))
+
+
+def _limits(found: Findings) -> Iterator[str]:
+    yield from ("", "## Not tested", "")
+    yield "Quantizing does not serve a model: no server and no GPU has run this checkpoint yet."
+    if found.quality is None or not found.quality.tasks:
+        yield "No task was scored; perplexity and KL do not tell what a task loses."
+    if found.records:
+        yield from ("", "Every linear, its effective tokens and its loss: `moeq_run.json`.")

@@ -12,7 +12,7 @@ from moeq_plugin.report.record import Basis, LinearRecord
 from moeq_plugin.report.section import Section, Table, number
 
 _MAX_ROWS = 40
-_IN_WORDS = {
+IN_WORDS = {
     Basis.SHRUNK: "mixed with the layer's tokens",
     Basis.LAYER: "the layer's tokens only",
     Basis.NONE: "rounded to nearest",
@@ -142,7 +142,7 @@ def _effective_tokens_chart(
         values.append([_log(t, scale.low) for t in tokens])
         hover.append([
             f"layer {layer}, expert {expert}<br>{number(t)} effective tokens"
-            + (f"<br>{_IN_WORDS[weak[layer, expert]]}" if (layer, expert) in weak else "")
+            + (f"<br>{IN_WORDS[weak[layer, expert]]}" if (layer, expert) in weak else "")
             for expert, t in enumerate(tokens)
         ])  # fmt: skip
     marked = [(layers.index(layer), expert) for layer, expert in weak]
@@ -165,7 +165,7 @@ def _fallbacks(linears: Sequence[LinearRecord]) -> Table:
         (linear for linear in linears if linear.basis is not Basis.OWN),
         key=lambda linear: (-list(Basis).index(linear.basis), linear.effective_tokens),
     )
-    rows = [[x.name, _IN_WORDS[x.basis], number(x.effective_tokens)] for x in weak[:_MAX_ROWS]]
+    rows = [[x.name, IN_WORDS[x.basis], number(x.effective_tokens)] for x in weak[:_MAX_ROWS]]
     more = f", the worst {_MAX_ROWS} of them" if len(weak) > _MAX_ROWS else ""
     caption = f"{len(weak)} linears on a fallback{more}" if weak else "No linear on a fallback"
     marked = frozenset(i for i, x in enumerate(weak[:_MAX_ROWS]) if x.basis is Basis.NONE)
