@@ -1,5 +1,5 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo test lint vllm-env test-vllm clean
+.PHONY: demo test lint vllm-env test-vllm gptq-env autogptq-env test-gptq clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
@@ -23,5 +23,21 @@ vllm-env:  ## vLLM for CPUs, beside .venv: each pins another compressed-tensors
 
 test-vllm: .venv vllm-env  ## do checkpoints load in real vLLM, unchanged?
 	$(PYTHON) -m pytest -m vllm
+
+# GPTQModel 7.7 and llm-compressor 0.14 demand other versions of torch and transformers than each
+# other. These work with both; what they demand is left out, and their other needs are listed.
+gptq-env:  ## GPTQModel and Optimum, which read the GPTQ format, with this package beside them
+	@UNPINNED="gptqmodel==7.7.0 torchao==0.18.0 llmcompressor==0.14.0.1 -e ." \
+	  .ci/environment .venv-gptq $(TORCH) torch==$(TORCH) transformers==5.20.2 optimum==2.3.0 \
+	  compressed-tensors==0.19.0 accelerate==1.15.0 datasets==5.2.0 defuser==0.0.28 \
+	  tokenicer==0.0.14 logbar==0.4.15 pypcre device-smi threadpoolctl protobuf pillow requests \
+	  ninja jinja2 scipy loguru nvidia-ml-py typer setuptools wheel
+
+autogptq-env:  ## AutoGPTQ's last version, with the last transformers that it works with
+	@.ci/environment .venv-autogptq $(TORCH) torch==$(TORCH) auto-gptq==0.7.1 \
+	  transformers==4.38.2 accelerate==0.30.1 peft==0.9.0 datasets==5.0.1 numpy==2.2.6
+
+test-gptq: .venv gptq-env autogptq-env  ## do others read our GPTQ format, unchanged?
+	$(PYTHON) -m pytest -m "gptq or autogptq"
 
 FORCE:

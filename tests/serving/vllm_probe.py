@@ -4,7 +4,8 @@ Reads one JSON object from standard input and writes one to standard output (all
 standard error)::
 
     {"emulate": true, "prompts": [[1, 2, 3]],
-     "jobs": [{"name": "a", "path": "...", "dtype": "float32", "int8_activations": false}]}
+     "jobs": [{"name": "a", "path": "...", "dtype": "float32", "int8_activations": false,
+               "strict": true}]}
 
     {"version": "...", "jobs": {"a": {"error": null, "kernel": "...", "logprobs": [[[...]]],
      "experts": {"layer.expert.projection.tensor": "hash"}}}}
@@ -76,7 +77,7 @@ def prompt_logprobs(job: dict, prompts: list[list[int]], emulate: bool) -> list[
         job["path"],
         dtype=job["dtype"],
         moe_backend="emulation" if emulate and "quantization_config" in config else "auto",
-        model_loader_extra_config={"enable_weights_track": True},
+        model_loader_extra_config={"enable_weights_track": job.get("strict", True)},
         skip_tokenizer_init=True,
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -152,7 +153,9 @@ def emulate_int4_kernels() -> dict[str, bool]:
 
     class EmulatedLinear(CPUWNA16LinearKernel):
         def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            packed, scale = layer.weight_packed.data, layer.weight_scale.data
+            packed, scale = (getattr(layer, n).data for n in (self.w_q_name, self.w_s_name))
+            if self.w_q_name == "qweight":  # GPTQ keeps weights transposed
+                packed, scale = packed.T, scale.T
             codes = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15).flatten(1) - 8
             steps = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
             # In bfloat16 like vLLM's emulated experts and compressed-tensors itself.
