@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+_STRATEGIES = ("group", "tensor_group", "channel", "tensor", "block", "attn_head")
 GPTQ_FORMS = ("gptq", "gptq_v2")
 
 
@@ -112,14 +113,14 @@ def _group(name: str, group: Any, form: Any) -> Group:
     if not isinstance(weights, dict):
         raise ValueError(f"{where} has no `weights`, which every group needs")
     kind = weights.get("type", "int")
-    if kind not in {"int", "float"}:
+    if kind not in ("int", "float"):  # no sets below: what a file says may not be hashable
         raise ValueError(f"{where}: weights.type must be int or float, got {ascii(kind)}")
     group_size = weights.get("group_size")
     if group_size is not None and (type(group_size) is not int or group_size < -1):
         raise ValueError(f"{where}: weights.group_size must be a number, got {ascii(group_size)}")
     group_size = group_size if group_size and group_size > 0 else None
     strategy = weights.get("strategy") or ("group" if group_size else "tensor")
-    if strategy not in {"group", "tensor_group", "channel", "tensor", "block", "attn_head"}:
+    if strategy not in _STRATEGIES:
         raise ValueError(f"{where}: weights.strategy {ascii(strategy)} is not known")
     if (strategy == "group") != (group_size is not None) and strategy != "tensor_group":
         raise ValueError(f"{where}: strategy {strategy} does not go with group_size {group_size}")
@@ -142,7 +143,7 @@ def _group(name: str, group: Any, form: Any) -> Group:
 
 
 def _form(where: str, form: Any, kind: str, has_activations: bool) -> str:
-    if form in {None, "mixed-precision"}:
+    if form is None or form == "mixed-precision":
         # what compressed-tensors infers where a group does not say it
         whole = "float-quantized" if kind == "float" else "int-quantized"
         return whole if has_activations or kind == "float" else "pack-quantized"

@@ -21,6 +21,9 @@ def plan(
     ] = None,
     scheme: Annotated[str, typer.Option(help="without a table: such as W4A16_G64")] = "W4A16",
     tp: Annotated[int, typer.Option(help="without a table: ranks of tensor parallelism")] = 1,
+    probe: Annotated[
+        bool, typer.Option(help="quantize two layers on `dataset` and predict time and memory")
+    ] = False,
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
     ] = None,
@@ -50,6 +53,8 @@ def plan(
         with errors("plan"):
             for line in _from_headers(model, scheme, tp):
                 typer.echo(line)
+            if probe:
+                typer.echo(_probe(model, scheme, dataset, num_calibration_samples, max_seq_length))
         return
     from moeq_plugin.core.allocation import BitBudget, pareto_front
     from moeq_plugin.core.sensitivity import SensitivityTable
@@ -101,6 +106,42 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
         )
     for warning in found.warnings:
         yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"
+
+
+def _probe(
+    model: str,
+    scheme: str,
+    dataset: Path | None,
+    num_calibration_samples: int,
+    max_seq_length: int,
+) -> str:
+    """Predict time and memory from a run on a few layers.
+
+    Raises:
+        ValueError: if there is no data to run them on.
+    """
+    from moeq_plugin.checkpoint.planning import plan_quantization
+    from moeq_plugin.checkpoint.presets import scheme_named
+    from moeq_plugin.cli.probe import predict
+
+    if dataset is None or not dataset.is_file():
+        raise ValueError("--probe needs --dataset FILE, the JSON lines that will calibrate")
+    planned = plan_quantization(model, scheme_named(scheme))
+    found = predict(
+        model,
+        scheme,
+        str(dataset),
+        num_layers=planned.architecture.num_layers,
+        moe_layers=planned.architecture.moe_layers,
+        num_calibration_samples=num_calibration_samples,
+        max_seq_length=max_seq_length,
+        source_bytes=planned.source_bytes,
+    )
+    return (
+        f"probe of {found.num_layers} layers on {found.num_sequences} sequences: quantizing takes "
+        f"{found.cpu_seconds:.0f} s of CPU time, {found.seconds:.0f} s as busy as the machine is "
+        f"now, and {found.peak_bytes / 2**20:.0f} MiB of memory"
+    )
 
 
 def _measure(
