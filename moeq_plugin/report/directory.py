@@ -19,6 +19,15 @@ from moeq_plugin.report.stored import Stored, read_stored
 
 SENSITIVITY_FILE = "moeq_sensitivity.json"
 ALLOCATION_FILE = "moeq_allocation.json"
+# what the sections read of these two, whose schemas belong to moeq_plugin.core
+_KEYS = {
+    SENSITIVITY_FILE: (
+        "rows", "options", "domains", "loss", "num_bytes", "num_weights", "fixed_bytes",
+    ),
+    ALLOCATION_FILE: (
+        "choice", "limit_bytes", "num_bytes", "bits_per_weight", "value", "robust", "target",
+    ),
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -115,5 +124,8 @@ def _read(found: Findings, path: Path, reader: Callable[[Path], T]) -> T | None:
 def _json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError("it holds no JSON object")
+    missing = [key for key in _KEYS.get(path.name, ()) if key not in content]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     return content

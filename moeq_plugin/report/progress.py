@@ -61,9 +61,7 @@ def tell(progress: Progress) -> None:
         listener(progress)
 
 
-def layer_progress(
-    phase: Phase, finished: Iterable[str], pending: Iterable[str]
-) -> Progress:
+def layer_progress(phase: Phase, finished: Iterable[str], pending: Iterable[str]) -> Progress:
     """Return the progress of a phase that goes layer by layer.
 
     Args:

@@ -104,16 +104,19 @@ class RunRecord:
         """Read what :func:`save_records` wrote.
 
         Raises:
-            ValueError: if another schema version wrote it.
+            ValueError: if the file is not such a record, or of another schema version.
         """
         path = directory / FILE_NAME
-        content = json.loads(path.read_text())
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path} has schema version {content.get('schema_version')}, this package reads "
-                f"{SCHEMA_VERSION}"
-            )
-        return [cls(**_typed(run)) for run in content["runs"]]
+        try:
+            content = json.loads(path.read_text())
+            version = content.get("schema_version")
+            if version == SCHEMA_VERSION:
+                return [cls(**_typed(run)) for run in content["runs"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not the record of a run: {error}") from error
+        raise ValueError(
+            f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}"
+        )
 
 
 def save_records(records: list[RunRecord], directory: Path) -> Path:
