@@ -20,6 +20,7 @@ from tqdm import tqdm
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence, expert_imbalance
 from moeq_plugin.integrations.llm_compressor.ebss_file import EBSSFile
 from moeq_plugin.models.self_sampling import SelfSampler
+from moeq_plugin.report.progress import Progress, tell
 from moeq_plugin.report.sampling import SamplingReport, report_on_samples
 
 _LIBRARIES = ("moeq-plugin", "torch", "transformers", "datasets")
@@ -87,6 +88,14 @@ def sample_set(
         desc="EBSS",
         disable=None if _is_main() else True,
     )
+    num_tokens = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal num_tokens
+        num_tokens = min(num_tokens + tokens, bar.total)  # coverage may go on for longer
+        bar.update(tokens)
+        tell(Progress("sample", num_tokens, bar.total, "tokens"))
+
     writer = _Writer(file)
     sampler = SelfSampler(
         model,
@@ -96,12 +105,12 @@ def sample_set(
         prompts=starts,
         max_cached_tokens=max_cached_tokens,
         on_finished=writer.write,
-        on_step=bar.update,
+        on_step=advance,
     )
     if file is not None and _is_main():
         known = file.begin(_manifest(model, config, starts))
         sampler.finished = {sequence.index: sequence for sequence in known}
-        bar.update(sum(len(sequence.input_ids) for sequence in known))
+        advance(sum(len(sequence.input_ids) for sequence in known))
     try:
         sequences = sampler.run()
     except KeyboardInterrupt:

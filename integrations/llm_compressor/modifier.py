@@ -48,6 +48,7 @@ from moeq_plugin.integrations.llm_compressor.sensitivity import (
 )
 from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir, model_digest
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.report.progress import quantize_progress, tell
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
 # of the host's fields, what tells its progress or a training schedule and not what was asked for
@@ -215,6 +216,8 @@ class MoEQuantModifier(AllocatingModifier):
             run_routed_tokens_only(self._undo)
         if work is not None:
             self._restore(work)
+        assert self._record is not None  # set when schemes were attached
+        tell(quantize_progress(self._record.linears, 0, self._pending.values()))
         linears = [m for m in self._pending if isinstance(m, nn.Linear)]
         self._calibration.attach(state.model, self._layers, linears, self.register_hook)
 
@@ -232,6 +235,8 @@ class MoEQuantModifier(AllocatingModifier):
         finished = record.linears[num_finished:]
         if self._work is not None and finished:
             self._work.keep(finished, {name: module for module, name in names.items()})
+        if finished:
+            tell(quantize_progress(record.linears, len(finished), self._pending.values()))
 
     def compress_modules(self) -> None:
         """Quantize every linear observed since the last layer; called once per layer."""

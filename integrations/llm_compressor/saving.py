@@ -28,6 +28,7 @@ from moeq_plugin.integrations.llm_compressor.limits import (
 from moeq_plugin.integrations.llm_compressor.staging import staged
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.report.model_card import save_model_card
+from moeq_plugin.report.progress import Progress, tell
 from moeq_plugin.report.record import RunRecord, save_records
 
 
@@ -76,12 +77,15 @@ def _write_on_save(
         wanted = Path(save_directory)
         # ranks write to one directory together, so there it has to be the one that was asked for
         with nullcontext(wanted) if is_distributed() else staged(wanted) as directory:
+            num_linears = sum(len(record.linears) for record, _ in noted)
+            tell(Progress("save", 0, num_linears, "linears"))
             save_pretrained(directory, *args, **kwargs)
             records = [record for record, _ in noted]
             save_records(records, directory)
-            save_model_card(records, directory)
             for _, save_more in noted:
                 save_more(directory)
+            # last: it reads what the others wrote
+            save_model_card(records, directory, published=wanted)
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
     model.save_pretrained = save

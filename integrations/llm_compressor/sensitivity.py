@@ -47,6 +47,7 @@ from moeq_plugin.integrations.llm_compressor.scoring import LayerScores
 from moeq_plugin.models.gradients import OutputGradients
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.models.units import unit_labels
+from moeq_plugin.report.progress import layer_progress, tell
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class SensitivityModifier(Modifier):
         counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
         self._domains = self._names_of_domains(counts)
         run_routed_tokens_only(self._undo)
+        tell(layer_progress("measure", (), self._names.values()))
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             gradients = OutputGradients(self._names, self._layers)
@@ -207,6 +209,8 @@ class SensitivityModifier(Modifier):
             self._measure_interactions(self._judge(jobs))
         for calibration in (rounding, *(c for _, c in self._judging)):
             calibration.clear_layer()
+        pending = [name for name in self._names.values() if name not in self._losses]
+        tell(layer_progress("measure", self._losses, pending))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Put the table together and remove hooks."""

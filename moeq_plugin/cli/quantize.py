@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.display import display
 from moeq_plugin.cli.shared import app, errors, read_dataset, run_oneshot
+
+_WISHES = "--scheme, --bits-per-weight, --size-gb, --allocation and --recipe"
 
 
 @app.command()
@@ -18,6 +22,7 @@ def quantize(
     bits_per_weight: Annotated[float | None, typer.Option(help="budget instead")] = None,
     size_gb: Annotated[float | None, typer.Option(help="of the checkpoint, instead")] = None,
     allocation: Annotated[Path | None, typer.Option(help="of `moeq plan`, instead")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="llm-compressor recipe, instead")] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="table of `moeq plan`")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
@@ -28,35 +33,150 @@ def quantize(
     ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
     max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="state after every layer; default: OUT.work")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="continue a run that was interrupted")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="fail if a linear does not rest on enough of its own tokens")
+    ] = False,
+    jsonl: Annotated[bool, typer.Option(help="print progress as JSON lines")] = False,
 ) -> None:
-    """Quantize a model to a scheme, a budget or an allocation made before.
+    """Quantize a model to a scheme, a budget, an allocation made before or a recipe.
 
     Raises:
-        typer.Exit: with code 2 if the request cannot be met.
+        typer.Exit: with code 1 if a linear was not quantized as asked, 2 if the request cannot be
+            met, 130 if interrupted.
     """
-    wanted = {
+    wanted: dict[str, Any] = {
         "scheme": scheme,
         "bits_per_weight": bits_per_weight,
         "size_gb": size_gb,
         "allocation": None if allocation is None else str(allocation),
+        "recipe": recipe,
     }
-    if sum(wish is not None for wish in wanted.values()) != 1:
-        names = "--scheme, --bits-per-weight, --size-gb and --allocation"
-        typer.echo(f"moeq quantize: give exactly one of {names}", err=True)
+    wanted = {name: wish for name, wish in wanted.items() if wish is not None}
+    if len(wanted) != 1:
+        typer.echo(f"moeq quantize: give exactly one of {_WISHES}", err=True)
         raise typer.Exit(2)
-    with errors("quantize"):
-        from moeq_plugin import MoEQuantModifier
+    work_dir = work_dir or out.with_name(out.name + ".work")
+    phases = [] if dataset is not None else ["sample"]
+    if ("bits_per_weight" in wanted or "size_gb" in wanted) and sensitivity is None:
+        phases.append("measure")
+    with errors("quantize"), display(phases=[*phases, "quantize", "save"], jsonl=jsonl):
+        from moeq_plugin.integrations.llm_compressor.preflight import check_output_dir
+        from moeq_plugin.integrations.llm_compressor.staging import staged
 
-        settings: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
-        settings |= {"options": option} if option else {}
-        settings |= {"sensitivity": str(sensitivity)} if sensitivity is not None else {}
-        recipe = MoEQuantModifier(**settings, target=target, ignore=["lm_head"])
-        run_oneshot(
-            model,
-            recipe,
-            dataset=read_dataset(dataset),
-            num_calibration_samples=num_calibration_samples,
-            max_seq_length=max_seq_length,
-            output_dir=str(out),
+        check_output_dir(out)
+        _check_work_dir(work_dir, resume=resume)
+        if recipe is None:
+            wanted |= {"options": option} if option else {}
+            wanted |= {"sensitivity": str(sensitivity)} if sensitivity is not None else {}
+            modifiers = _modifiers(**wanted, target=target, work_dir=str(work_dir))
+        else:
+            modifiers = _of_recipe(recipe, work_dir)
+        try:
+            with staged(out) as stage:
+                run_oneshot(
+                    model,
+                    modifiers,
+                    dataset=read_dataset(dataset),
+                    num_calibration_samples=num_calibration_samples,
+                    max_seq_length=max_seq_length,
+                    shuffle_calibration_samples=False,
+                    output_dir=str(stage),
+                )
+                summary, failures = _health(stage, strict=strict)
+                if failures and strict:
+                    typer.echo(_complaint(failures, f"{out} was not written"), err=True)
+                    typer.echo(f"--resume without --strict writes it, from {work_dir}", err=True)
+                    raise typer.Exit(1)
+        except KeyboardInterrupt:
+            typer.echo(f"\ninterrupted; --resume continues from {work_dir}", err=True)
+            raise typer.Exit(130) from None
+    shutil.rmtree(work_dir, ignore_errors=True)
+    if not jsonl:
+        typer.echo(f"{out}: {summary}")
+        typer.echo(f"next: moeq verify {out} --source {model}")
+    if failures:
+        typer.echo(_complaint(failures, f"{out} holds them rounded to nearest"), err=True)
+        raise typer.Exit(1)
+
+
+def _check_work_dir(work_dir: Path, *, resume: bool) -> None:
+    """Let nobody continue, or fail to continue, an earlier run without knowing.
+
+    Raises:
+        ValueError: if there is state and ``resume`` was not asked for, or the other way round.
+    """
+    has_state = work_dir.is_dir() and any(work_dir.iterdir())
+    if has_state and not resume:
+        raise ValueError(
+            f"{work_dir} holds the state of an unfinished run: continue it with --resume, or "
+            "delete it to start anew"
         )
-        typer.echo(f"{out}: written")
+    if resume and not has_state:
+        raise ValueError(f"--resume: there is no state of an unfinished run in {work_dir}")
+
+
+def _modifiers(**settings: Any) -> list[Any]:
+    """Return what a wish comes to; unlike the host's, a scheme may name its group size."""
+    from moeq_plugin import MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor.options import parse_option
+
+    if "_G" in (scheme := settings.get("scheme", "")):
+        group = parse_option(settings.pop("scheme")).for_targets(["Linear"])
+        settings["config_groups"] = {scheme: group}
+    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+
+
+def _of_recipe(path: Path, work_dir: Path) -> list[Any]:
+    """Return a recipe's modifiers, those of ours told where to keep their state.
+
+    Raises:
+        ValueError: if it is no recipe, or state of several modifiers would have to be kept.
+    """
+    from llmcompressor.recipe import Recipe
+
+    from moeq_plugin import MoEQuantModifier, RWKVQuantModifier
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected a recipe in YAML")
+    try:
+        modifiers = list(Recipe.create_instance(str(path)).modifiers)
+    except Exception as error:  # whatever a file that is no recipe makes a parser do
+        raise ValueError(f"{path} is not a recipe: {error}") from error
+    if not modifiers:
+        raise ValueError(f"{path} names no modifier")
+    ours = [m for m in modifiers if isinstance(m, MoEQuantModifier)]
+    resumable = [m for m in ours if not isinstance(m, RWKVQuantModifier)]
+    if len(modifiers) == 1 and resumable:
+        resumable[0].work_dir = str(work_dir)
+    else:
+        typer.echo(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
+    return modifiers
+
+
+def _health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
+    """Return the run in one line, and every linear that is not as asked for."""
+    from moeq_plugin.report.record import FILE_NAME, Basis, RunRecord
+
+    if not (checkpoint / FILE_NAME).exists():
+        return "written by modifiers of others, which keep no record", []
+    records = RunRecord.load(checkpoint)
+    linears = [linear for record in records for linear in record.linears]
+    wrong = {Basis.NONE} if not strict else {Basis.NONE, Basis.LAYER, Basis.SHRUNK}
+    failures = [
+        f"{linear.name}: {linear.basis.value}, {linear.effective_tokens:.1f} effective tokens"
+        for linear in linears
+        if linear.basis in wrong
+    ]
+    return "; ".join(record.summary(len(record.linears)) for record in records), failures
+
+
+def _complaint(failures: list[str], consequence: str) -> str:
+    listed = "\n".join(f"  - {failure}" for failure in failures[:10])
+    return (
+        f"moeq quantize: {len(failures)} linears were not quantized as asked, {consequence}:\n"
+        f"{listed}\nMore calibration data feeds them."
+    )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, device, errors
+from moeq_plugin.cli.shared import app, device, errors, load_model
 
 
 @app.command()
@@ -30,8 +30,6 @@ def sample(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.integrations.llm_compressor.ebss import sample_set
 
@@ -46,9 +44,8 @@ def sample(
             global_balance=global_balance,
             seed=seed,
         )
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        loaded.to(device())  # type: ignore[arg-type]
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded, tokenizer = load_model(model)
+        loaded.to(device())
         report = sample_set(loaded, tokenizer, config, path=out).report
     typer.echo(f"{out}: {report.summary()}")
     for warning in report.warnings:

@@ -47,11 +47,24 @@ def device() -> str:
 def run_oneshot(model: str, recipe: Any, **arguments: Any) -> None:
     """Load a model and its tokenizer and quantize it in place."""
     from llmcompressor.entrypoints.oneshot import oneshot
+
+    loaded, tokenizer = load_model(model)
+    oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
+
+
+def load_model(model: str) -> tuple[Any, Any]:
+    """Return a model in its own dtype and its tokenizer.
+
+    Raises:
+        ValueError: if either cannot be loaded, whatever the reason.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        return loaded, AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # configs and weights of strangers fail in every way there is
+        raise ValueError(f"cannot load {model}: {type(error).__name__}: {error}") from error
 
 
 def read_dataset(path: Path | None) -> Any:

@@ -1,0 +1,172 @@
+"""What a long run shows: one live line on a terminal, plain lines or JSON elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from moeq_plugin.report.progress import Progress, listening
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
+    """Show every step of the runs inside.
+
+    Args:
+        phases: that will come, in order, to say which are still to follow.
+        jsonl: print one JSON object per step instead, to standard output.
+    """
+    timed, console = Timed(phases), Console(stderr=True)
+    _log_to(console)
+    with _no_other_bars(), ExitStack() as stack:
+        if jsonl:
+            listener = partial(_print_json, timed)
+        elif console.is_terminal:
+            status = stack.enter_context(Status("loading", console=console))
+            listener = partial(_update, status, timed)
+        else:
+            listener = _Lines(timed)
+        stack.enter_context(listening(listener))
+        yield
+
+
+def _print_json(timed: Timed, step: Progress) -> None:
+    typer.echo(json.dumps(timed.event(step)))
+
+
+def _update(status: Status, timed: Timed, step: Progress) -> None:
+    status.update(timed.line(step))
+
+
+class Timed:
+    """Adds time, time left and memory to steps.
+
+    Args:
+        phases: that will come, in order.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, phases: list[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._phases, self._clock = phases, clock
+        self._began = clock()
+        self._phase: str | None = None
+        self._phase_began, self._phase_start = self._began, 0
+
+    def event(self, step: Progress) -> dict[str, Any]:
+        """Return a step with what is known about it, for machines."""
+        now = self._clock()
+        if step.phase != self._phase:
+            self._phase, self._phase_began, self._phase_start = step.phase, now, step.done
+        done, left = step.done - self._phase_start, step.total - step.done
+        eta = (now - self._phase_began) / done * left if done > 0 else None
+        return {
+            **asdict(step),
+            "elapsed_s": now - self._began,
+            "eta_s": eta,
+            "then": self._following(step.phase),
+            "peak_memory_gb": _peak_memory() / 1e9,
+        }
+
+    def line(self, step: Progress) -> str:
+        """Return the same in words, for people."""
+        event = self.event(step)
+        parts = [step.phase]
+        if step.layer is not None:
+            parts.append(f"layer {step.layer}/{step.num_layers}")
+        parts.append(f"{step.done}/{step.total} {step.unit}")
+        parts.append(f"elapsed {_clock_time(event['elapsed_s'])}")
+        if event["eta_s"] is not None:
+            then = f", then {' and '.join(event['then'])}" if event["then"] else ""
+            parts.append(f"left {_clock_time(event['eta_s'])}{then}")
+        if step.worst_tokens is not None:
+            parts.append(f"fewest effective tokens {step.worst_tokens:.0f} ({step.worst_linear})")
+        if step.loss is not None:
+            parts.append(f"loss of the layer {step.loss:.3g}")
+        parts.append(f"memory {event['peak_memory_gb']:.1f} GB")
+        return " · ".join(parts)
+
+    def _following(self, phase: str) -> list[str]:
+        if phase not in self._phases:
+            return []
+        return self._phases[self._phases.index(phase) + 1 :]
+
+
+class _Lines:
+    """Prints the first and last step of a phase, and one every ten seconds between."""
+
+    def __init__(self, timed: Timed) -> None:
+        self._timed = timed
+        self._phase, self._last = "", 0.0
+
+    def __call__(self, step: Progress) -> None:
+        text, now = self._timed.line(step), time.monotonic()
+        is_due = now - self._last > _SECONDS_BETWEEN_LINES
+        if is_due or step.phase != self._phase or step.done == step.total:
+            self._phase, self._last = step.phase, now
+            typer.echo(text, err=True)
+
+
+@contextmanager
+def _no_other_bars() -> Iterator[None]:
+    """Switch off the progress bars of frameworks, also those that are asked for."""
+    import tqdm
+
+    original = tqdm.std.tqdm.__init__
+
+    def without_bar(bar: Any, *args: Any, **kwargs: Any) -> None:
+        original(bar, *args, **{**kwargs, "disable": True})
+
+    tqdm.std.tqdm.__init__ = without_bar
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="transformers|torch")
+            yield
+    finally:
+        tqdm.std.tqdm.__init__ = original
+
+
+def _log_to(console: Console) -> None:
+    """Print our warnings, and errors of all, above the live line; the host prints to stdout."""
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # read when it is imported
+    import llmcompressor  # noqa: F401
+    from loguru import logger
+
+    logger.remove()
+    logger.add(
+        lambda text: console.print(text, end="", markup=False, highlight=False),
+        format="{level}: {message}",
+        filter=lambda record: record["level"].no >= (30 if "moeq" in record["name"] else 40),
+    )
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _peak_memory() -> int:
+    import torch
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        resident *= 1024
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return resident
+    return max(resident, int(torch.accelerator.max_memory_allocated()))
