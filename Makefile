@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 TORCH := 2.13.0
 
 .venv: FORCE
-	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,report,dev]"
+	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,report,eval,dev]"
 
 demo: .venv  ## quantize the shipped model, compare with stock GPTQ, reload, generate
 	$(PYTHON) examples/demo.py

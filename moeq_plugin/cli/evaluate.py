@@ -55,7 +55,7 @@ def evaluate(
 
     with errors("eval"):
         names = [name for name in (tasks or "").split(",") if name]
-        check_request(bool(text or names), seq_len, num_sequences, batch_size)
+        check_request(bool(text or names), seq_len, num_sequences, batch_size, dtype)
         if names:
             check_tasks(names, include_path=task_files)
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -13,10 +13,13 @@ import torch
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.report.quality import Continuation, QualityRecord
 
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NUM_CONTINUATIONS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 40
 
 
-def check_request(has_measure: bool, seq_len: int, num_sequences: int, batch_size: int) -> None:
+def check_request(
+    has_measure: bool, seq_len: int, num_sequences: int, batch_size: int, dtype: str
+) -> None:
     """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
@@ -26,6 +29,8 @@ def check_request(has_measure: bool, seq_len: int, num_sequences: int, batch_siz
         raise ValueError("nothing to compare on: give --text FILE, --tasks NAMES or both")
     if seq_len < 2 or num_sequences < 1 or batch_size < 1:
         raise ValueError("--seq-len must be at least 2, the other numbers at least 1")
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
 
 
 def load_quantized(quant: str, dtype: str) -> Any:
@@ -37,14 +42,9 @@ def load_quantized(quant: str, dtype: str) -> Any:
     Args:
         quant: directory or id.
         dtype: name of a dtype, or ``auto``.
-
-    Raises:
-        ValueError: if there is no such dtype.
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"{dtype!r} is no dtype; expected float32, bfloat16, float16 or auto")
     config = Path(quant) / "config.json"
     found = json.loads(config.read_text()) if config.is_file() else {}
     method = (found.get("quantization_config") or {}).get("quant_method")
