@@ -82,6 +82,7 @@ def change(content, path, value, is_removed):
         content[path[-1]] = value
 
 
+@pytest.mark.slow
 @ENDLESS
 @given(data=st.data())
 def test_any_entry_of_a_config_may_be_anything(data, bases):
@@ -99,6 +100,7 @@ def test_any_entry_of_a_config_may_be_anything(data, bases):
         file.write_text(original)
 
 
+@pytest.mark.slow
 @ENDLESS
 @given(data=st.data())
 def test_a_file_may_be_cut_anywhere(data, bases):
@@ -113,6 +115,7 @@ def test_a_file_may_be_cut_anywhere(data, bases):
         file.write_bytes(original)
 
 
+@pytest.mark.slow
 @ENDLESS
 @given(data=st.data())
 def test_any_entry_of_a_header_may_be_anything(data, bases):
@@ -135,6 +138,7 @@ def test_any_entry_of_a_header_may_be_anything(data, bases):
         file.write_bytes(original)
 
 
+@pytest.mark.slow
 @ENDLESS
 @given(data=st.data())
 def test_any_bytes_may_be_overwritten(data, bases):
@@ -151,6 +155,7 @@ def test_any_bytes_may_be_overwritten(data, bases):
         file.write_bytes(original)
 
 
+@pytest.mark.slow
 @ENDLESS
 @given(
     command=st.sampled_from(["verify", "inspect", "plan"]),
