@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,8 +62,8 @@ def evaluate(
         windows = {
             path.stem: read_windows(tokenizer, path, seq_len, num_sequences) for path in text or ()
         }
-        reference = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
-        reference.to(device())  # type: ignore[arg-type]
+        reference: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        reference.eval().to(device())
         model = load_quantized(quant, dtype).to(device())
         record = QualityRecord(
             reference=base,

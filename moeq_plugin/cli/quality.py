@@ -49,7 +49,8 @@ def load_quantized(quant: str, dtype: str) -> Any:
     found = json.loads(config.read_text()) if config.is_file() else {}
     method = (found.get("quantization_config") or {}).get("quant_method")
     if method != "compressed-tensors":
-        return AutoModelForCausalLM.from_pretrained(quant, dtype=dtype).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(quant, dtype=dtype)
+        return loaded.eval()
     from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 
     model = load_dequantized(quant)

@@ -97,7 +97,8 @@ def size(num_bytes: float) -> str:
 
 def unit_of(num_bytes: float) -> tuple[float, str]:
     """Return the bytes of the unit that suits a size, and its name."""
-    return (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB")
+    units = ((1e9, "GB"), (1e6, "MB"))
+    return next((unit for unit in units if num_bytes >= unit[0]), (1e3, "kB"))
 
 
 def _exponent(value: float) -> int:
