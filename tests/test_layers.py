@@ -32,6 +32,9 @@ ALLOWED = {
         "loguru", "optimum", OURS + "core", OURS + "models", OURS + "report",
         OURS + "integrations.llm_compressor", OURS + "integrations.hf",
     },
+    "integrations/optimum_cli": {
+        "optimum", "transformers", OURS + "cli.shared", OURS + "integrations.hf",
+    },
 }  # fmt: skip
 # The RWKV models are models of transformers, which has none after version 4. They are the only
 # modules of `models` that may need it: adapters to models of others recognize these without.
@@ -81,9 +84,10 @@ def test_imports_point_one_way_only(path, allowed):
         ("core", "def f():\n    from moeq_plugin.models import moe"),
         ("models", "from llmcompressor import oneshot"),
         ("report", "import torch"),
-        ("integrations/llm_compressor", "import moeq_plugin.integrations.hf.quantizer"),
+        ("integrations/llm_compressor", "import moeq_plugin.integrations.hf.coverage"),
         ("integrations/llm_compressor", "def f():\n    from moeq_plugin.integrations.hf import a"),
         ("integrations/hf", "import moeq_plugin.cli.convert"),
+        ("integrations/optimum_cli", "from moeq_plugin.integrations import llm_compressor"),
     ],
 )
 def test_a_planted_violation_is_found(part, source):
@@ -93,10 +97,12 @@ def test_a_planted_violation_is_found(part, source):
 def test_every_folder_of_modules_is_ruled_and_packaged():
     found = {p.parent for root in (PACKAGE, INTEGRATIONS) for p in root.rglob("*.py")}
     named = {str(p.relative_to(ROOT)).replace("/", ".") for p in found}
+    named -= {"integrations.optimum_cli"}  # installed under a name of Optimum's
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "packages"
     ]
-    assert {n if n.startswith("moeq") else f"moeq_plugin.{n}" for n in named} == set(packaged)
+    packages = {n if n.startswith("moeq") else f"moeq_plugin.{n}" for n in named}
+    assert packages | {"optimum.commands.register"} == set(packaged)
     ruled = {part if "/" in part else f"moeq_plugin/{part}" for part in ALLOWED}
     assert {str(p.relative_to(ROOT)) for p in found} - {"moeq_plugin", "integrations"} == ruled
 
