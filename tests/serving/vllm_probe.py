@@ -188,11 +188,29 @@ def emulate_int4_kernels() -> dict[str, bool]:
         moe_config.moe_backend = "auto"
         return select(moe_config)
 
+    leave_out_symmetric_zero_points()
     unquantized.select_unquantized_moe_backend = select_freely
     os.environ["VLLM_DISABLED_KERNELS"] = CPUWNA16LinearKernel.__name__
     register_linear_kernel(EmulatedLinear, PlatformEnum.CPU, "mp")
     int4_emulation_moe.Int4EmulationTritonExperts = EmulatedExperts
     return settings
+
+
+def leave_out_symmetric_zero_points() -> None:
+    """Make the emulation ignore zero points in GPTQ format, as the real kernels do.
+
+    It would take them as they are stored, less one.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+
+    emulate = int_wna16._process_weights_emulation_gptq
+
+    def emulate_symmetric(
+        w13: Any, w2: Any, w13_scale: Any, w2_scale: Any, *_zero_points: Any
+    ) -> Any:
+        return emulate(w13, w2, w13_scale, w2_scale, None, None)
+
+    int_wna16._process_weights_emulation_gptq = emulate_symmetric
 
 
 if __name__ == "__main__":
