@@ -125,25 +125,29 @@ def heatmap(
         "y": 1 - 3 / height,
         "font": {"size": 13},
     }
+    columns = max(map(len, values))
+    gap = int(columns <= 32)  # many experts on a phone have no pixel to spare
     labels = [str(layer) for layer in layers]
     cells = {
         "type": "heatmap", "z": values, "y": labels, "text": hover, "hoverongaps": False,
         "hovertemplate": "%{text}<extra></extra>", "zmin": scale.low, "zmax": scale.high,
         "colorscale": _DIVERGING if scale.is_diverging else _SEQUENTIAL,
-        "colorbar": bar, "xgap": 1, "ygap": 1,
+        "colorbar": bar, "xgap": gap, "ygap": gap,
     }  # fmt: skip
     marks = {
         "type": "scatter", "mode": "markers", "x": [e for _, e in marked],
         "y": [labels[row] for row, _ in marked], "hoverinfo": "skip", "showlegend": False,
-        "marker": {"symbol": "circle-open", "size": 9, "color": "$mark", "line": {"width": 2}},
+        "marker": {
+            "symbol": "circle-open", "size": 4 + 5 * gap, "color": "$mark",
+            "line": {"width": 1 + gap},
+        },
     }  # fmt: skip
-    columns = max(map(len, values))
     layout = {
         "height": height, "title": title, "margin": {"l": 48, "r": 12, "t": 66, "b": 46},
         "xaxis": {"title": {"text": "expert"}, "range": [-0.5, columns - 0.5], "showgrid": False,
                   "zeroline": False, **whole_numbers(columns)},
-        "yaxis": {"title": {"text": "layer"}, "type": "category", "autorange": "reversed",
-                  "showgrid": False, "nticks": 16},
+        "yaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False,
+                  "range": [len(layers) - 0.5, -0.5], "nticks": 16},
     }  # fmt: skip
     return Chart(name, caption, [cells, marks] if marked else [cells], layout)
 
@@ -189,5 +193,6 @@ def plot(
 
 def whole_numbers(count: int) -> dict[str, Any]:
     """Return the ticks of an axis that counts from 0: whole, and no more than fit a phone."""
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count / s <= 16 or s == 256)
-    return {"tickmode": "linear", "tick0": 0, "dtick": step}
+    most = 16 if count <= 100 else 9  # longer numbers, fewer of them
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count / s <= most or s == 256)
+    return {"tickmode": "linear", "tick0": 0, "dtick": step, "tickangle": 0}

@@ -14,6 +14,7 @@ from moeq_plugin.report.names import place
 from moeq_plugin.report.section import Section, Table, number, size, unit_of
 
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)")
+_MAX_RANGES = 16  # layers
 _ROUTED, _OTHERS = "routed experts", "other linears"
 
 
@@ -173,6 +174,9 @@ def _losses(losses: Sequence[tuple[str, float]]) -> Chart:
     for name, loss in losses:
         where = place(name)
         kinds.setdefault(where.kind, {}).setdefault(where.layer or 0, []).append((loss, name))
+    num_layers = 1 + max(max(of_layers) for of_layers in kinds.values())
+    has_ranges = num_layers <= _MAX_RANGES  # more would hide the lines; hovering tells
+    ranges = "; bars reach from the least to the most changed expert" if has_ranges else ""
     traces = []
     # kinds beyond the colours there are share the last one
     for number_, (kind, of_layers) in enumerate(sorted(kinds.items())):
@@ -192,18 +196,17 @@ def _losses(losses: Sequence[tuple[str, float]]) -> Chart:
             "hovertext": hover, "hovertemplate": "%{hovertext}<extra></extra>",
             "line": {"color": color, "width": 1.5}, "marker": {"color": color, "size": 6},
         }  # fmt: skip
-        if highs != lows:
+        if highs != lows and has_ranges:
             trace["error_y"] = {
                 "type": "data", "symmetric": False, "thickness": 1, "width": 2, "color": color,
                 "array": [h - m for h, m in zip(highs, means, strict=True)],
                 "arrayminus": [m - low for m, low in zip(means, lows, strict=True)],
             }  # fmt: skip
         traces.append(trace)
-    num_layers = 1 + max(max(of_layers) for of_layers in kinds.values())
     return plot(
         "losses",
-        "Mean squared change of a module's output vector; bars reach from the least to the most "
-        "changed expert. Scales differ between kinds of modules, so compare within one.",
+        f"Mean squared change of a module's output vector{ranges}. Scales differ between kinds of "
+        "modules, so compare within one.",
         traces,
         x={"title": {"text": "layer"}, **whole_numbers(num_layers)},
         y=log_axis("loss (squared output)", [loss for _, loss in losses]),

@@ -40,6 +40,8 @@ def test_a_scale_of_equal_values_does_not_blow_up_noise():
     assert log_scale("t", []).ticks
 
 
-@pytest.mark.parametrize(("count", "step"), [(4, 1), (16, 1), (48, 4), (128, 8), (100_000, 256)])
+@pytest.mark.parametrize(
+    ("count", "step"), [(4, 1), (16, 1), (48, 4), (64, 4), (128, 16), (100_000, 256)]
+)
 def test_a_phone_has_room_for_sixteen_ticks(count, step):
     assert whole_numbers(count)["dtick"] == step
