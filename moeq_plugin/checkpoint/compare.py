@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -79,7 +80,7 @@ def _relative_error(
             rows = slice(block.first, block.first + len(block.codes))
             squares += float((block.weight() - original[rows]).square().sum())
     norm = float(original.norm())
-    return squares**0.5 / norm if norm else squares**0.5
+    return math.sqrt(squares) / norm if norm else math.sqrt(squares)
 
 
 def _original(source: Layout, linear: Linear, expert: int | None) -> torch.Tensor | None:

@@ -143,7 +143,9 @@ def _json(content: bytes, path: Path) -> dict[str, Any]:
 def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise UnreadableFileError(f"{path.name}: {name!r} is not described by an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype not in tuple(BITS) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise UnreadableFileError(f"{path.name}: {name!r} has no known dtype, shape or offsets")
     num_bytes = offsets[1] - offsets[0]

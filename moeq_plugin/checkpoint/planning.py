@@ -148,9 +148,9 @@ def _outputs(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[Out
         wanted = tensors_of(scheme if linear.name in targeted else None, linear.shape)
         if wanted is None:
             raise ValueError(f"the sizes of format {scheme.form!r} are not known here")
-        for suffix, tensor in wanted.items():
-            is_float = "BF16" in tensor.dtypes
-            yield Output(f"{name}.{suffix}", stored if is_float else tensor.dtypes[0], tensor.shape)
+        for suffix, part in wanted.items():
+            is_float = "BF16" in part.dtypes
+            yield Output(f"{name}.{suffix}", stored if is_float else part.dtypes[0], part.shape)
         bias = f"{linear.name}.bias"
         if bias in architecture.others and bias not in seen:  # of fused experts
             yield Output(f"{name}.bias", stored, architecture.others[bias])

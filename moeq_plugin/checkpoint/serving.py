@@ -45,8 +45,8 @@ def _compare(
         stored = layout.stored[linear.name]
         try:
             found = lookup(linear)
-        except ConflictError as conflict:
-            conflicts.add(str(conflict))
+        except ConflictError as cause:
+            conflicts.add(str(cause))
             continue
         if found and stored and "unknown" in {found.form, stored.form}:
             continue

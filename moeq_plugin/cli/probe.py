@@ -109,7 +109,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
 
     marks = [("start", _clocks())]
 
-    class Watched(MoEQuantModifier):
+    class Watched(MoEQuantModifier):  # type: ignore[misc]
         def on_calibration_start(self, *args: Any, **kwargs: Any) -> None:
             super().on_calibration_start(*args, **kwargs)
             marks.append(("prepared", _clocks()))
@@ -138,12 +138,14 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
         oneshot(
             model=loaded,
             tokenizer=tokenizer,
-            recipe=Watched(scheme=request["scheme"], ignore=["lm_head"]),
+            recipe=Watched(
+                scheme=request["scheme"], ignore=["lm_head"], work_dir=f"{directory}/work"
+            ),
             dataset=data.select(range(num_used)),
             num_calibration_samples=num_used,
             max_seq_length=request["max_seq_length"],
             shuffle_calibration_samples=False,
-            output_dir=directory,
+            output_dir=f"{directory}/out",
         )
     marks.append(("saved", _clocks()))
     parameters = sum(p.numel() * p.element_size() for p in loaded.parameters())

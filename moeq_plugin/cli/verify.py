@@ -67,4 +67,4 @@ def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
         if not logits.isfinite().all():
             return "", [error("generation", "logits", f"NaN or infinity after {prompt!r}")]
         tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]), []
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])), []
