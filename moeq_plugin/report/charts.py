@@ -7,6 +7,7 @@ they are in the reader's scheme, and again when that changes.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,3 +197,8 @@ def whole_numbers(count: int) -> dict[str, Any]:
     most = 16 if count <= 100 else 9  # longer numbers, fewer of them
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count / s <= most or s == 256)
     return {"tickmode": "linear", "tick0": 0, "dtick": step, "tickangle": 0}
+
+
+def wrapped(text: str) -> str:
+    """Return lines short enough for a label on hover."""
+    return "<br>".join(textwrap.wrap(text, 44))

@@ -10,8 +10,10 @@ from pathlib import Path
 from moeq_plugin.report.directory import Findings
 from moeq_plugin.report.model_card import FILE_NAME
 from moeq_plugin.report.section import Section
-from moeq_plugin.report.section_bits import bits_section, loss_section, pareto_section
+from moeq_plugin.report.section_bits import bits_section
 from moeq_plugin.report.section_experts import experts_section
+from moeq_plugin.report.section_loss import loss_section
+from moeq_plugin.report.section_pareto import pareto_section
 from moeq_plugin.report.section_quality import quality_section
 from moeq_plugin.report.section_run import run_section, samples_section, verdict
 

@@ -2,7 +2,7 @@ import pytest
 from written_checkpoint import choice, write_checkpoint
 
 from moeq_plugin.report.directory import read_directory
-from moeq_plugin.report.section_bits import bits_section, loss_section, pareto_section
+from moeq_plugin.report.section_bits import bits_section
 
 
 @pytest.fixture
@@ -43,42 +43,5 @@ def test_without_a_table_bits_are_those_of_the_schemes_name(found):
 def test_without_a_record_there_is_a_sentence(found):
     found.table = found.allocation = None
     found.records = []
-    assert bits_section(found).charts == loss_section(found).charts == []
+    assert bits_section(found).charts == []
     assert bits_section(found).missing
-    assert loss_section(found).missing
-
-
-def test_losses_are_means_over_experts_with_their_range(found):
-    section = loss_section(found)
-    shown = traces(section, "losses")["experts.up_proj"]
-    losses = [
-        x.loss for x in found.linears if ".1." in x.name[:16] and "up_proj" in x.name and x.loss
-    ]
-    mean = sum(losses) / len(losses)
-    assert shown["y"][1] == pytest.approx(mean)
-    assert shown["error_y"]["array"][1] == pytest.approx(max(losses) - mean)
-    assert shown["error_y"]["arrayminus"][1] == pytest.approx(mean - min(losses))
-    assert section.parts[-1].rows[0][0] == "model.layers.2.mlp.experts.7.down_proj"
-
-
-def test_the_front_shows_the_checkpoint_and_uniform_options(found):
-    found.front = [{"num_bytes": 5000, "bits_per_weight": 4.0, "loss": 0.4, "counts": {"W4A16": 9}}]
-    shown = traces(pareto_section(found), "pareto")
-    assert shown["best for its size"]["x"] == [5]
-    assert shown["this checkpoint"]["y"] == [0.5]
-    uniform = shown["one option for all"]
-    assert len(uniform["x"]) == 3
-    rows = len(choice())
-    assert uniform["y"][0] == pytest.approx(sum(1 + row for row in range(rows)) * 1e-2)
-    assert uniform["x"][0] == pytest.approx((rows * 136 + 1000) / 1e3)
-
-
-def test_a_ratio_is_not_put_among_losses(found):
-    found.front = [{"num_bytes": 5000, "bits_per_weight": 4.0, "loss": 0.4, "counts": {"W4A16": 9}}]
-    found.allocation["robust"] = True
-    assert "this checkpoint" not in traces(pareto_section(found), "pareto")
-
-
-def test_without_sensitivities_the_front_says_how_to_get_it(found):
-    found.table = None
-    assert "moeq plan" in pareto_section(found).missing[0]
