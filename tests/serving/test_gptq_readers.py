@@ -137,7 +137,7 @@ def run_probe(python: Path, reader: str, jobs: dict[str, str]) -> dict[str, dict
 
 def quantized(case: Case, directory: Path) -> dict:
     """Quantize a random model in float16 through Optimum's interface; save; remember."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from moeq_plugin.integrations.hf.gptq_quantizer import MoEGPTQQuantizer
     from moeq_plugin.integrations.hf.tensor_names import Names, renamer
@@ -155,6 +155,7 @@ def quantized(case: Case, directory: Path) -> dict:
     with torch.no_grad():
         logits = model(prompts()).logits.float()
     quantizer.save(model, directory / "gptq")
+    AutoTokenizer.from_pretrained(directory / "original").save_pretrained(directory / "gptq")
     return {"path": directory / "gptq", "weights": weights, "logits": logits}
 
 
