@@ -60,6 +60,14 @@ def test_a_path_of_this_machine_is_no_base_model(found, tmp_path):
     assert f"A quantized copy of `{tmp_path.name}`" in card
 
 
+@pytest.mark.parametrize("name", ["models/here", "just-a-name", "a/b/c"])
+def test_only_what_others_can_find_is_a_base_model(found, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "here").mkdir(parents=True)
+    found.records[0].model = name
+    assert "base_model" not in model_card(found)
+
+
 def test_layers_of_several_schemes_are_listed(found):
     linears = found.records[0].linears
     linears[0] = linears[0].__class__(**{**vars(linears[0]), "scheme": "W8 int"})
