@@ -497,6 +497,20 @@ def integer_experts_that_are_not_packed_in_vllm(path):
         config["quantization_config"]["config_groups"]["group_0"]["format"] = "int-quantized"
 
 
+@fault("vllm-refuses", where="experts")
+def experts_of_one_bit(path):
+    for layer in (0, 1):
+        for expert in range(4):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+                requantize(path, module, num_bits=1)
+    with edited_config(path) as config:
+        config["quantization_config"]["config_groups"]["group_1"] = {
+            **int4(16, num_bits=1)["group_0"],
+            "targets": [r"re:.*experts.*_proj$"],
+        }
+
+
 @fault("gguf-mixed", where="up_proj", target="gguf")
 def experts_of_several_schemes_in_gguf(path):
     requantize(path, f"{EXPERT}.up_proj", num_bits=8)
