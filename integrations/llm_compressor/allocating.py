@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from pydantic import Field, PrivateAttr
@@ -81,6 +82,11 @@ class AllocatingModifier(GPTQModifier):
         if self.allocation is not None:
             self._allocator.use(Allocation.load(self.allocation))
             return True
+        if is_distributed() and not isinstance(self.sensitivity, str):
+            raise ValueError(
+                "sensitivities are measured by one process: measure them with `moeq plan "
+                "--sensitivity FILE` first and pass sensitivity=FILE"
+            )
         self._allocator.check_budget(self._budget())
         if isinstance(self.sensitivity, str):
             self._solve(SensitivityTable.load(self.sensitivity))

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
-from torch import nn
+from torch import distributed, nn
 
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
@@ -27,6 +28,7 @@ from moeq_plugin.models.moe import MoELayer, RoutingTrace
 _MIN_SAMPLE_TOKENS = 1024
 
 RegisterHook = Callable[..., object]
+_Tokens = tuple[torch.Tensor, Any, Any]  # draws; rows and routing, or twice None
 _SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
 
 
@@ -73,9 +75,25 @@ class TokenSample:
 
     def add(self, rows: torch.Tensor, routing: RoutingTrace) -> None:
         """Offer ``[tokens, hidden]`` rows and where they are routed to the sample."""
-        draws = torch.cat([self.draws, torch.rand(len(rows), generator=self.generator)])
-        rows = rows if self.rows is None else torch.cat([self.rows, rows])
-        routing = routing if self.routing is None else self.routing.extended(routing)
+        draws = torch.rand(len(rows), generator=self.generator)
+        self._take([(self.draws, self.rows, self.routing), (draws, rows, routing)])
+
+    def merge(self, parts: Iterable[_Tokens]) -> None:
+        """Become the sample of all tokens that the samples in ``parts`` were drawn from.
+
+        Args:
+            parts: draws, rows and routing of samples that drew differently; this one's own too.
+        """
+        self.draws, self.rows, self.routing = torch.empty(0), None, None
+        self._take(parts)
+
+    def _take(self, parts: Iterable[_Tokens]) -> None:
+        some = [part for part in parts if part[1] is not None]
+        draws = torch.cat([part[0] for part in some])
+        rows = torch.cat([part[1].to(some[0][1].device) for part in some])
+        routing = some[0][2]
+        for part in some[1:]:
+            routing = routing.extended(part[2].to(rows.device))
         capacity = max(_MIN_SAMPLE_TOKENS, 2 * rows.shape[1])
         if len(draws) > capacity:
             draws, kept = draws.topk(capacity)
@@ -163,6 +181,17 @@ class Calibration:
         for linear in linears:
             register_hook(linear, self._observe, "forward")
 
+    def seat_of(self, linear: nn.Module) -> Seat | None:
+        """Return where a linear sits, ``None`` outside MoE layers."""
+        return self._seats.get(linear)
+
+    def samples_by_name(self) -> dict[str, TokenSample]:
+        """Return the samples by the names of their layers."""
+        return {
+            self._seats[experts[0]].layer.name: sample  # type: ignore[index]
+            for experts, sample in self.samples.items()
+        }
+
     def check_finite(self, names: Mapping[nn.Module, str]) -> None:
         """Refuse second moments that no weights could be fitted to.
 
@@ -205,8 +234,10 @@ class Calibration:
         trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
         self._dispatch[experts] = trace.dispatch()
         if experts not in self.samples:
-            # of this layer alone, so that a run that begins here draws what a whole run draws
-            layer_seed = random.Random(f"{self._seed}/{seat.layer.name}").getrandbits(63)
+            # of this layer, so that a run that begins here draws what a whole run draws, and of
+            # this rank, so that ranks draw differently
+            rank = distributed.get_rank() if distributed.is_initialized() else 0
+            layer_seed = random.Random(f"{self._seed}/{seat.layer.name}/{rank}").getrandbits(63)
             self.samples[experts] = TokenSample(torch.Generator().manual_seed(layer_seed))
         sample = self.samples[experts]
         keep = self._padding.keep(len(hidden_states))

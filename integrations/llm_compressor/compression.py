@@ -56,6 +56,15 @@ def weight_args(module: nn.Module) -> QuantizationArgs | None:
     return scheme.weights if scheme is not None else None
 
 
+def observes_activations(module: nn.Module) -> bool:
+    """Tell whether a scheme needs statistics of all tokens, as static activation scales do."""
+    scheme = module.quantization_scheme
+    return any(
+        args is not None and args.dynamic is not True
+        for args in (scheme.input_activations, scheme.output_activations)
+    )
+
+
 def grid_of(args: QuantizationArgs) -> Grid | None:
     """Return the grid of a weight scheme, ``None`` if it is not an integer grid along rows."""
     by_rows = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.offload import disable_offloading
-from compressed_tensors.offload.dist_utils import is_distributed
 from compressed_tensors.quantization import is_preset_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils import match_named_modules
@@ -22,7 +22,7 @@ from torch import nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor import preflight, ranks
 from moeq_plugin.integrations.llm_compressor.allocating import AllocatingModifier
 from moeq_plugin.integrations.llm_compressor.calibration import (
     Calibration,
@@ -33,13 +33,13 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     describe,
     grid_of,
     guard,
+    observes_activations,
     solve_stack,
     stacks,
     weight_args,
     write,
 )
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
-from moeq_plugin.integrations.llm_compressor.ranks import sum_over_ranks
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.self_calibration import calibrate_on_own_text
 from moeq_plugin.integrations.llm_compressor.sensitivity import (
@@ -151,7 +151,11 @@ class MoEQuantModifier(AllocatingModifier):
         """
         model = state.model
         self._layers = find_moe_layers(model)
-        self._check_data(state.data.calib)
+        calib = state.data.calib
+        preflight.check_data(calib, type(self).__name__, has_experts=bool(self._layers))
+        self._writes_own_text = calib is None
+        # without data the host would refuse to go on, unless told that none is needed
+        self.requires_calibration_data = calib is not None
         if self.work_dir is not None:
             self._work = WorkDir(self.work_dir, self._identity(model))
         preflight.check_running_output_dir()
@@ -197,6 +201,7 @@ class MoEQuantModifier(AllocatingModifier):
                 work.begin(None)
             calibrate_on_own_text(state, self.ebss, work and work.text)
             return
+        ranks.check_data_differ(state.data.calib)
         if work is not None:
             work.begin(state.data.calib)
         if self.awaits_allocation:
@@ -211,7 +216,7 @@ class MoEQuantModifier(AllocatingModifier):
             seed=self.seed,
             padding=padding,
         )
-        if not any(_observes_activations(module) for module in self._pending):
+        if not any(observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
             run_routed_tokens_only(self._undo)
         if work is not None:
@@ -233,21 +238,27 @@ class MoEQuantModifier(AllocatingModifier):
         modules = [module for module in modules if module not in self._restored]
         super().on_sequential_epoch_end(state, event, modules, **kwargs)
         finished = record.linears[num_finished:]
-        if self._work is not None and finished:
+        if self._work is not None and finished and is_source_process():
             self._work.keep(finished, {name: module for module, name in names.items()})
         if finished:
             tell(quantize_progress(record.linears, len(finished), self._pending.values()))
 
     def compress_modules(self) -> None:
         """Quantize every linear observed since the last layer; called once per layer."""
-        calibration = self._calibration
-        assert calibration is not None  # the host calls on_calibration_start first
+        calibration, record = self._calibration, self._record
+        assert calibration is not None and record is not None  # set before the host calls this
+        owners: dict[str, int] | None = None
         if is_distributed():
-            sum_over_ranks(calibration)
+            ranks.sum_over_ranks(calibration, self._module_names)
         calibration.check_finite(self._module_names)
+        if is_distributed():
+            owners = ranks.keep_own_share(calibration, self._module_names)
+        num_finished = len(record.linears)
         with torch.no_grad(), disable_offloading():
             for stack in stacks(self._jobs(calibration), self._max_stack()):
                 self._compress_stack(stack)
+            if owners is not None:
+                self._exchange(owners, num_finished)
         calibration.clear_layer()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -300,20 +311,14 @@ class MoEQuantModifier(AllocatingModifier):
         if self._restored:
             logger.info(f"{len(self._restored)} linears taken over from {work.path}")
 
-    def _check_data(self, calib: Any) -> None:
-        if calib is not None and len(calib) == 0:
-            raise ValueError("the calibration data set is empty; expected at least one sequence")
-        # without data the host would refuse to go on, unless told that none is needed
-        self.requires_calibration_data = calib is not None
-        if calib is not None:
-            return
-        if not self._layers:
-            raise ValueError(
-                "MoEQuantModifier needs calibration data for a model without experts: pass "
-                "dataset=... to oneshot (a datasets.Dataset with `input_ids` or `text`, a "
-                "DataLoader, or the name of a data set)"
-            )
-        self._writes_own_text = True
+    def _exchange(self, owners: dict[str, int], num_finished: int) -> None:
+        """Take over what other ranks have solved; all have the same records afterwards."""
+        assert self._record is not None  # set in on_initialize
+        modules = {name: module for module, name in self._module_names.items()}
+        own = self._record.linears[num_finished:]
+        self._record.linears[num_finished:] = ranks.exchange(owners, modules, own)
+        for name in owners:
+            self._pending.pop(modules[name], None)
 
     def _ignore_also(self, names: list[str]) -> None:
         self.ignore = [*self.ignore, *names]
@@ -385,12 +390,3 @@ class MoEQuantModifier(AllocatingModifier):
 
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
-
-
-def _observes_activations(module: nn.Module) -> bool:
-    """Tell whether a scheme needs statistics of all tokens, as static activation scales do."""
-    scheme = module.quantization_scheme
-    return any(
-        args is not None and args.dynamic is not True
-        for args in (scheme.input_activations, scheme.output_activations)
-    )

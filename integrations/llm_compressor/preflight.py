@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import match_named_modules
@@ -47,6 +48,27 @@ def kept_by_default(
         for name, module in match_named_modules(model, targets)
         if module in reasons and module not in asked_for
     }
+
+
+def check_data(calib: Any, modifier: str, *, has_experts: bool) -> None:
+    """Refuse calibration data that are empty, or missing where the model cannot write its own.
+
+    Args:
+        calib: the host's data loader, or ``None``.
+        modifier: name of the modifier that asks.
+        has_experts: whether the model has MoE layers.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    if calib is not None and len(calib) == 0:
+        raise ValueError("the calibration data set is empty; expected at least one sequence")
+    if calib is None and not has_experts:
+        raise ValueError(
+            f"{modifier} needs calibration data for a model without experts: pass dataset=... to "
+            "oneshot (a datasets.Dataset with `input_ids` or `text`, a DataLoader, or the name of "
+            "a data set)"
+        )
 
 
 def check_targets(model: nn.Module, targets: Iterable[str]) -> None:

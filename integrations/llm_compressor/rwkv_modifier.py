@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, update_offload_parameter
-from compressed_tensors.offload.dist_utils import is_distributed
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
@@ -199,7 +199,7 @@ class RWKVQuantModifier(MoEQuantModifier):
         calibration = self._code_calibration
         assert calibration is not None  # made together with that of the base class
         if is_distributed():
-            sum_over_ranks(calibration)
+            sum_over_ranks(calibration, self._module_names)
             for power in self._powers.values():
                 _sum_power_over_ranks(power)
         calibration.check_finite(self._module_names)

@@ -8,7 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.offload.dist_utils import is_distributed
+from compressed_tensors.distributed import is_distributed, is_source_process
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
 from torch import nn
@@ -80,6 +80,8 @@ def _write_on_save(
             num_linears = sum(len(record.linears) for record, _ in noted)
             tell(Progress("save", 0, num_linears, "linears"))
             save_pretrained(directory, *args, **kwargs)
+            if not is_source_process():
+                return
             records = [record for record, _ in noted]
             save_records(records, directory)
             for _, save_more in noted:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, default_data_collator
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset, sample_set
 from moeq_plugin.integrations.llm_compressor.host import running_oneshot
+from moeq_plugin.integrations.llm_compressor.ranks import own_part
 from moeq_plugin.report.sampling import SamplingReport
 
 _BATCH_TOKENS = 2048
@@ -56,8 +57,9 @@ def calibrate_on_own_text(
     routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
     with routed_only, DisableQuantization(model):
         sampled = sample_set(model, _tokenizer(running), config, path=path)
+    rows = sampled.dataset.select_columns(["input_ids"])
     loader = DataLoader(
-        sampled.dataset.select_columns(["input_ids"]),
+        rows.select(own_part(range(len(rows)))),
         batch_size=max(1, _BATCH_TOKENS // config.seq_len),
         collate_fn=default_data_collator,
     )

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import update_offload_parameter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from moeq_plugin.integrations.llm_compressor.ranks import gather
 from moeq_plugin.report.record import Basis, LinearRecord
 
 _RUN_FILE = "run.json"
@@ -57,7 +59,7 @@ class WorkDir:
             OSError: if the directory cannot be written.
         """
         if data is not None:
-            self._run["data"] = data_digest(data)
+            self._run["data"] = gather(data_digest(data))
         run = json.loads(json.dumps(self._run))
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / _RUN_FILE
@@ -76,8 +78,9 @@ class WorkDir:
                 "model, data, settings and versions to continue it, or another directory to start "
                 "anew. What differs:\n" + "\n".join(lines)
             )
-        content = json.dumps({**before, **run}, indent=1) + "\n"
-        write_whole(path, lambda new: new.write_text(content))
+        if is_source_process():
+            content = json.dumps({**before, **run}, indent=1) + "\n"
+            write_whole(path, lambda new: new.write_text(content))
 
     def keep(self, records: list[LinearRecord], modules: Mapping[str, nn.Module]) -> None:
         """Write what has just been finished.

@@ -105,6 +105,14 @@ class RoutingTrace:
             top_k_weights=torch.cat([self.top_k_weights, later.top_k_weights]),
         )
 
+    def to(self, device: torch.device) -> RoutingTrace:
+        """Return the decisions on a device."""
+        return replace(
+            self,
+            top_k_index=self.top_k_index.to(device),
+            top_k_weights=self.top_k_weights.to(device),
+        )
+
     def expert_load(self, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``[experts]`` int64: slots, over all top-k, that each expert received.
 

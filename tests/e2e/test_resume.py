@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from helpers import NoProcessor, dataset, int4, tiny_model, tokens
 pytest.importorskip("llmcompressor")
 
 from llmcompressor import oneshot
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
@@ -53,6 +55,7 @@ def in_a_child(*arguments, **settings):
     child = os.fork()
     if child:
         return child
+    tqdm.set_lock(threading.RLock())  # the default is shared by processes: a killed one keeps it
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

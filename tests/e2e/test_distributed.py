@@ -1,0 +1,151 @@
+"""Several processes give the checkpoint that one gives, and one that dies leaves a state."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers import NoProcessor, dataset, int4, tiny_model
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing
+
+pytest.importorskip("llmcompressor")
+
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
+
+from moeq_plugin import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
+
+
+def run(model_path, out, **settings):
+    data = settings.pop("data", dataset(32))
+    if data is not None and distributed.is_initialized() and not settings.pop("shared", False):
+        data = data.shard(distributed.get_world_size(), distributed.get_rank(), contiguous=True)
+    count = {} if data is None else {"num_calibration_samples": len(data)}  # else the host fails
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
+        recipe=MoEQuantModifier(**{"config_groups": int4(), **settings}),
+        dataset=data,
+        processor=NoProcessor(),
+        shuffle_calibration_samples=False,
+        output_dir=str(out),
+        **count,
+    )
+
+
+def worker(rank, world_size, rendezvous, model_path, out, settings):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
+    )
+    if settings.pop("dies", None) == rank:
+        keep_alive = WorkDir.begin
+
+        def begin_and_die_later(self, data):
+            keep_alive(self, data)
+            from moeq_plugin.integrations.llm_compressor import ranks
+
+            exchange, count = ranks.exchange, iter(range(100))
+
+            def exchange_or_die(*arguments):
+                if next(count) == 2:  # the first layer was the second call
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return exchange(*arguments)
+
+            ranks.exchange = exchange_or_die
+
+        WorkDir.begin = begin_and_die_later
+    run(model_path, out, **settings)
+    distributed.destroy_process_group()
+
+
+def run_on_ranks(world_size, tmp_path, model_path, out, **settings):
+    rendezvous = tmp_path / f"rendezvous-{out.name}"
+    multiprocessing.start_processes(
+        worker,
+        (world_size, rendezvous, model_path, out, settings),
+        nprocs=world_size,
+        start_method="fork",
+    )
+
+
+def tensors(directory):
+    return {k: v for p in directory.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def share_of_equal_words(ours, theirs):
+    """Packed words hold eight codes each, so this is a lower bound on equal codes."""
+    assert ours.keys() == theirs.keys()
+    packed = [name for name in ours if name.endswith("weight_packed")]
+    assert packed
+    equal = torch.cat([(ours[n] == theirs[n]).flatten() for n in packed])
+    return equal.double().mean().item()
+
+
+def records(directory):
+    (run,) = json.loads((directory / "moeq_run.json").read_text())["runs"]
+    return {linear["name"]: linear for linear in run["linears"]}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_ranks_give_what_one_process_gives(family, world_size, tmp_path):
+    tiny_model(family, tmp_path / "model")
+    scheme = {"config_groups": int4(16)}
+    run(tmp_path / "model", tmp_path / "one", **scheme)
+    run_on_ranks(world_size, tmp_path, tmp_path / "model", tmp_path / "many", **scheme)
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert share_of_equal_words(many, one) > 0.999
+    for name, ours in records(tmp_path / "many").items():
+        theirs = records(tmp_path / "one")[name]
+        assert ours["basis"] == theirs["basis"]
+        assert ours["effective_tokens"] == pytest.approx(theirs["effective_tokens"], rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-9)
+
+
+def test_the_model_writes_its_text_once_for_all_ranks(tmp_path):
+    tiny_model("qwen3_moe", tmp_path / "model")
+    settings = {"data": None, "ebss": {"num_sequences": 32, "seq_len": 32}}
+    run(tmp_path / "model", tmp_path / "one", **settings)
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **settings)
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert share_of_equal_words(many, one) > 0.999
+
+
+def test_experts_that_borrow_are_named_by_all_and_stay_sound(tmp_path):
+    """Ranks draw other samples of the layer's tokens, so only the quality can be the same."""
+    tiny_model("qwen3_moe", tmp_path / "model")
+    settings = {"data": dataset(4, 16), "min_effective_tokens": 500.0}
+    run(tmp_path / "model", tmp_path / "one", **settings)
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **settings)
+    ours, theirs = records(tmp_path / "many"), records(tmp_path / "one")
+    assert {n: r["basis"] for n, r in ours.items()} == {n: r["basis"] for n, r in theirs.items()}
+    assert "shrunk" in {r["basis"] for r in ours.values()}
+    total = [sum(r["loss"] for r in found.values()) for found in (ours, theirs)]
+    assert total[0] == pytest.approx(total[1], rel=0.05)
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_its_state(tmp_path):
+    tiny_model("qwen3_moe", tmp_path / "model")
+    work = {"work_dir": str(tmp_path / "work")}
+    with pytest.raises(multiprocessing.ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "dead", dies=1, **work)
+    assert len(list((tmp_path / "work").glob("layer-*"))) == 1
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **work)
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "whole")
+    assert share_of_equal_words(tensors(tmp_path / "many"), tensors(tmp_path / "whole")) == 1.0
+
+
+def test_the_same_data_on_every_rank_are_refused(tmp_path):
+    tiny_model("qwen3_moe", tmp_path / "model")
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="16 of the same sequences"):
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", shared=True)
+
+
+def test_a_budget_is_not_measured_on_ranks(tmp_path):
+    tiny_model("qwen3_moe", tmp_path / "model")
+    wish = {"config_groups": None, "bits_per_weight": 5.0, "options": ["W4A16_G32", "W8A16_G32"]}
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="by one process"):
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", **wish)
