@@ -35,8 +35,8 @@ def inspect(
         known = "" if found.is_known else " (not a family that we know: read off the file)"
         typer.echo(f"{found.family}{known}, {found.num_parameters / 1e9:.3g} B parameters")
         typer.echo(
-            f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} experts, "
-            f"{found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
+            f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
+            f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
         )
         for line in _layers(found):
             typer.echo(line)
