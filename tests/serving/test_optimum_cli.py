@@ -10,6 +10,11 @@ from helpers import tokens
 from safetensors.torch import load_file
 from test_gptq_readers import GPTQMODEL, needs_gptqmodel, write_original
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "LLM_COMPRESSOR_LOG_LEVEL": "INFO",  # tests turn it down, users do not
+}
 pytestmark = [pytest.mark.slow, *needs_gptqmodel]
 
 
@@ -27,7 +32,7 @@ def optimum_cli(*arguments):
     return subprocess.run(
         [GPTQMODEL.with_name("optimum-cli"), *map(str, arguments)],
         capture_output=True, text=True, timeout=900, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | ENVIRONMENT,
     )  # fmt: skip
 
 
