@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"torch", OURS + "core", OURS + "models"},
     "checkpoint": {"torch", OURS + "checkpoint"},
     "report": {"jinja2", "plotly", OURS + "report"},
-    "cli": FRAMEWORKS | {"typer", "rich", "torch", "moeq_plugin"},
+    "cli": FRAMEWORKS | {"typer", "rich", "tqdm", "loguru", "torch", "moeq_plugin"},
     "integrations/llm_compressor": {
         "torch", "numpy", "transformers", "llmcompressor", "compressed_tensors", "datasets",
         "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models",

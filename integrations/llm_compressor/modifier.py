@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from moeq_plugin.integrations.llm_compressor.compression import (
     weight_args,
     write,
 )
+from moeq_plugin.integrations.llm_compressor.environment import run_facts, versions
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.self_calibration import calibrate_on_own_text
@@ -56,7 +57,6 @@ _HOST_STATE = {
     "index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_",
     "requires_calibration_data",
 }  # fmt: skip
-_PACKAGES = ("moeq-plugin", "llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
 class MoEQuantModifier(AllocatingModifier):
@@ -136,7 +136,9 @@ class MoEQuantModifier(AllocatingModifier):
     _layers: list[MoELayer] = PrivateAttr(default_factory=list)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _record: RunRecord | None = PrivateAttr(default=None)
-    _writes_own_text: bool = PrivateAttr(default=False)
+    _own_text: bool = PrivateAttr(default=False)  # as calibration data
+    _writes_own_text: bool = PrivateAttr(default=False)  # which it has still to write
+    _began: float = PrivateAttr(default=0.0)
     _pending: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _kept: dict[str, str] = PrivateAttr(default_factory=dict)
     _work: WorkDir | None = PrivateAttr(default=None)
@@ -153,7 +155,8 @@ class MoEQuantModifier(AllocatingModifier):
         self._layers = find_moe_layers(model)
         calib = state.data.calib
         preflight.check_data(calib, type(self).__name__, has_experts=bool(self._layers))
-        self._writes_own_text = calib is None
+        self._writes_own_text = self._own_text = calib is None
+        self._began = time.monotonic()
         # without data the host would refuse to go on, unless told that none is needed
         self.requires_calibration_data = calib is not None
         if self.work_dir is not None:
@@ -183,8 +186,12 @@ class MoEQuantModifier(AllocatingModifier):
         self._record = RunRecord(
             modifier=type(self).__name__,
             settings={k: v for k, v in self.model_dump().items() if k not in _HOST_STATE},
-            versions=_versions(),
+            versions=versions(),
             kept=self._kept,
+            model=getattr(state.model, "name_or_path", ""),
+            calibration="text that the model wrote itself"
+            if self._own_text
+            else f"{len(state.data.calib)} batches of the data given to oneshot",
         )
         prepare_saving(state.model, self._layers, self._record, self.save_allocation)
 
@@ -199,7 +206,9 @@ class MoEQuantModifier(AllocatingModifier):
             self._writes_own_text = False
             if work is not None:
                 work.begin(None)
-            calibrate_on_own_text(state, self.ebss, work and work.text)
+            report = calibrate_on_own_text(state, self.ebss, work and work.text)
+            assert self._record is not None  # set while that ran at the latest
+            self._record.sampling = report
             return
         ranks.check_data_differ(state.data.calib)
         if work is not None:
@@ -280,6 +289,7 @@ class MoEQuantModifier(AllocatingModifier):
         """Say in one line whether every linear was quantized as asked."""
         record = self._record
         assert record is not None  # set in on_initialize
+        record.run = run_facts(self._began)
         level = "WARNING" if record.count(Basis.NONE) or self._pending else "INFO"
         logger.log(level, record.summary(len(record.linears) + len(self._pending)))
         self._layers = []
@@ -295,9 +305,9 @@ class MoEQuantModifier(AllocatingModifier):
         asked = {k: v for k, v in self.model_dump().items() if k not in {*_HOST_STATE, "work_dir"}}
         return {
             "model": model_digest(model),
-            "own text": self._writes_own_text,
+            "own text": self._own_text,
             **{f"setting {name}": value for name, value in asked.items()},
-            **{f"version of {package}": number for package, number in _versions().items()},
+            **{f"version of {package}": number for package, number in versions().items()},
         }
 
     def _restore(self, work: WorkDir) -> None:
@@ -386,7 +396,3 @@ class MoEQuantModifier(AllocatingModifier):
         if self.batched_quantization == "auto":
             return None
         return self.batched_quantization or 1
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in _PACKAGES}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +67,8 @@ class Timed:
 
     def event(self, step: Progress) -> dict[str, Any]:
         """Return a step with what is known about it, for machines."""
+        from moeq_plugin.integrations.llm_compressor.environment import peak_memory
+
         now = self._clock()
         if step.phase != self._phase:
             self._phase, self._phase_began, self._phase_start = step.phase, now, step.done
@@ -79,7 +79,7 @@ class Timed:
             "elapsed_s": now - self._began,
             "eta_s": eta,
             "then": self._following(step.phase),
-            "peak_memory_gb": _peak_memory() / 1e9,
+            "peak_memory_gb": peak_memory() / 1e9,
         }
 
     def line(self, step: Progress) -> str:
@@ -158,15 +158,3 @@ def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _peak_memory() -> int:
-    import torch
-
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform != "darwin":
-        resident *= 1024
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return resident
-    return max(resident, int(torch.accelerator.max_memory_allocated()))
