@@ -127,7 +127,7 @@ def run_probe(python: Path, reader: str, jobs: dict[str, str]) -> dict[str, dict
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     if process.returncode:
