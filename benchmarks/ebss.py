@@ -39,7 +39,7 @@ from moeq_plugin.report.sampling import distinct_ngrams
 
 RESULT = Path(__file__).parent / "results" / "ebss.json"
 SEQUENCES, LENGTH, HELDOUT = 32, 256, 48
-SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS = 16, 512, 3
+SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS = (16, 64), 512, 3
 BEAM = 4
 SAMPLED: dict[str, dict[str, object]] = {
     "ancestral": {},
@@ -67,7 +67,11 @@ def main() -> None:
     seeds, sequences, heldout = ((0,), 8, 16) if quick else ((0, 1, 2), SEQUENCES, HELDOUT)
     about = {"sequences": sequences, "length": LENGTH, "heldout": heldout, "threads": 1}
     cases = {
-        "speed": [partial(measure_speed, corpus, quick) for corpus in corpora()],
+        "speed": [
+            partial(measure_speed, corpus, rows, quick)
+            for corpus in corpora()
+            for rows in SPEED_SEQUENCES
+        ],
         "quality": [
             partial(measure_quality, corpus, seed, name, make, heldout)
             for corpus in corpora()
@@ -167,9 +171,9 @@ def quantize(
 
 
 @torch.no_grad()
-def measure_speed(corpus: Corpus, quick: bool) -> list[dict[str, object]]:
+def measure_speed(corpus: Corpus, rows: int, quick: bool) -> list[dict[str, object]]:
     """Time the same beam search of Hugging Face and of this package, and the forwards alone."""
-    rows, length, rounds = (8, 128, 1) if quick else (SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS)
+    length, rounds = (64, 1) if quick else (SPEED_LENGTH, SPEED_ROUNDS)
     model, found = load(corpus), []
     model.generation_config.eos_token_id = None
     for number in range(rounds):

@@ -123,16 +123,16 @@ def sampling() -> str:
     """Return medians of sampling speed over rounds."""
     runs = json.loads((RESULTS / "ebss.json").read_text())["speed"]["runs"]
     lines = [
-        "| model | tokens per CPU second, guided | times `generate(num_beams=4)` "
-        "| times the bare cached forwards |",
-        "|---|---|---|---|",
+        "| model | sequences at a time | tokens per CPU second, guided "
+        "| times `generate(num_beams=4)` | times the bare cached forwards |",
+        "|---" * 5 + "|",
     ]
-    for model in dict.fromkeys(r["model"] for r in runs):
+    for model, rows in dict.fromkeys((r["model"], r["sequences"]) for r in runs):
         medians = [
-            statistics.median(r[key] for r in runs if r["model"] == model)
+            statistics.median(r[key] for r in runs if (r["model"], r["sequences"]) == (model, rows))
             for key in ("tokens_per_s_guided", "times_generate", "times_forward_only")
         ]
-        lines.append("| {} | {:.0f} | {:.2f} | {:.2f} |".format(model, *medians))
+        lines.append("| {} | {} | {:.0f} | {:.2f} | {:.2f} |".format(model, rows, *medians))
     return "\n".join(lines) + "\n"
 
 

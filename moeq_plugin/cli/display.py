@@ -32,6 +32,7 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
     timed, console = Timed(phases), Console(stderr=True)
     _log_to(console)
     with _no_other_bars(), ExitStack() as stack:
+        listener: Callable[[Progress], None]
         if jsonl:
             listener = partial(_print_json, timed)
         elif console.is_terminal:
@@ -85,7 +86,7 @@ class Timed:
     def line(self, step: Progress) -> str:
         """Return the same in words, for people."""
         event = self.event(step)
-        parts = [step.phase]
+        parts: list[str] = [step.phase]
         if step.layer is not None:
             parts.append(f"layer {step.layer}/{step.num_layers}")
         parts.append(f"{step.done}/{step.total} {step.unit}")
@@ -150,7 +151,7 @@ def _log_to(console: Console) -> None:
     logger.add(
         lambda text: console.print(text, end="", markup=False, highlight=False),
         format="{level}: {message}",
-        filter=lambda record: record["level"].no >= (30 if "moeq" in record["name"] else 40),
+        filter={"moeq_plugin": "WARNING", "": "ERROR"},
     )
 
 

@@ -172,7 +172,8 @@ def pack(values: torch.Tensor, num_bits: int) -> torch.Tensor:
         words[:, word] |= runs[:, i] << shift
         if shift + num_bits > _WORD:
             words[:, word + 1] |= runs[:, i] >> (_WORD - shift)
-    return words.flatten(0, 1).to(torch.int32)  # keeps the lowest 32 bits
+    packed: torch.Tensor = words.flatten(0, 1).to(torch.int32)  # keeps the lowest 32 bits
+    return packed
 
 
 def unpack(words: torch.Tensor, num_bits: int) -> torch.Tensor:
