@@ -22,7 +22,7 @@ def plan(
     scheme: Annotated[str, typer.Option(help="without a table: such as W4A16_G64")] = "W4A16",
     tp: Annotated[int, typer.Option(help="without a table: ranks of tensor parallelism")] = 1,
     probe: Annotated[
-        bool, typer.Option(help="quantize two layers on `dataset` and predict time and memory")
+        bool, typer.Option(help="quantize three layers on `dataset` and predict time and memory")
     ] = False,
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")

@@ -1,8 +1,8 @@
 """Quantize a few layers for real and extrapolate what the whole model takes.
 
 Runs as a process of its own, so that peak memory is its own: ``python -m moeq_plugin.cli.probe``.
-The model is cut after its second MoE layer (the first one pays for caches and traces), then
-everything that ``moeq quantize`` does is done to it on a part of the data. Linear in layers and
+The model is cut one layer after its second MoE layer (the first one pays for caches and traces,
+the last one runs together with the output embedding), then everything that ``moeq quantize`` does is done to it on a part of the data. Linear in layers and
 sequences: the passes of a layer; linear in layers: rounding, compressing, saving; once: the rest.
 """
 
@@ -67,7 +67,7 @@ def predict(
     Raises:
         ValueError: if quantizing the first layers fails, which the whole model would do as well.
     """
-    cut = min(num_layers, _MAX_LAYERS, moe_layers[1] + 1 if len(moe_layers) > 1 else 2)
+    cut = min(num_layers, _MAX_LAYERS, moe_layers[1] + 2 if len(moe_layers) > 1 else 3)
     request = {
         "model": model, "scheme": scheme, "dataset": dataset, "num_layers": cut,
         "num_calibration_samples": num_calibration_samples, "max_seq_length": max_seq_length,
@@ -159,13 +159,16 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phases(marks: list[tuple[str, tuple[float, float]]], clock: int) -> dict[str, float]:
-    """Return what each phase took; the last decoder layer stands for those not measured."""
+    """Return what each phase took; the last decoder layer but one stands for those not measured.
+
+    Between two marks lie the second pass of a layer and the first pass of the next.
+    """
     times = [(name, at[clock]) for name, at in marks]
     began = dict(reversed(times))  # the first of each name
     steps = [b[1] - a[1] for a, b in zip(times, times[1:], strict=False)]
     passes = [s for (name, _), s in zip(times[1:], steps, strict=True) if name == "passed"]
     solves = [s for (name, _), s in zip(times[1:], steps, strict=True) if name == "solved"]
-    # the last three passes belong to the last layer, the output embedding and the end
+    # the last two passes include the output embedding
     return {
         "start": began["start"],
         "load": began["loaded"] - began["start"],

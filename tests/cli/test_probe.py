@@ -48,7 +48,7 @@ def test_phases_are_told_apart_by_the_marks_between_them():
 
 
 @pytest.mark.slow
-def test_plan_predicts_from_a_run_on_two_layers(tmp_path):
+def test_plan_predicts_from_a_run_on_three_layers(tmp_path):
     rows = [[token % 2048 for token in range(start, start + 32)] for start in range(4)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
@@ -56,7 +56,7 @@ def test_plan_predicts_from_a_run_on_two_layers(tmp_path):
     done = CliRunner().invoke(app, ["plan", str(TINY), "--probe", "--dataset", str(data)])
 
     assert done.exit_code == 0, done.output
-    assert "probe of 2 layers on 4 sequences: quantizing takes" in done.output
+    assert "probe of 3 layers on 4 sequences: quantizing takes" in done.output
 
 
 def test_a_probe_needs_data():
@@ -73,4 +73,4 @@ def test_what_quantizing_would_fail_on_is_said_by_the_probe(tmp_path):
     done = CliRunner().invoke(app, ["plan", str(TINY), "--probe", "--dataset", str(data)])
 
     assert done.exit_code == 2
-    assert "quantizing the first 2 layers failed" in done.output
+    assert "quantizing the first 3 layers failed" in done.output
