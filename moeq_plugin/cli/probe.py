@@ -2,8 +2,9 @@
 
 Runs as a process of its own, so that peak memory is its own: ``python -m moeq_plugin.cli.probe``.
 The model is cut one layer after its second MoE layer (the first one pays for caches and traces,
-the last one runs together with the output embedding), then everything that ``moeq quantize`` does is done to it on a part of the data. Linear in layers and
-sequences: the passes of a layer; linear in layers: rounding, compressing, saving; once: the rest.
+the last one runs together with the output embedding), then everything that ``moeq quantize`` does
+is done to it on a part of the data. Linear in layers and sequences: the passes of a layer; linear
+in layers: rounding, compressing, saving; once: the rest.
 """
 
 from __future__ import annotations
