@@ -131,6 +131,13 @@ def test_an_existing_checkpoint_is_not_touched(tiny):
     assert [p.read_text() for p in (tiny / "out").iterdir()] == ["months of work"]
 
 
+def test_data_that_are_something_else(tiny):
+    (tiny / "data.jsonl").write_bytes(b"\x00\xff not json")
+    done = quantize(tiny, "--scheme", "W4A16_G32")
+    assert done.exit_code == 2
+    assert "data.jsonl cannot be read as JSON lines" in done.stderr
+
+
 def test_a_directory_that_cannot_be_written(tiny):
     (tiny / "file").write_text("")
     request = ["quantize", str(tiny / "model"), str(tiny / "file" / "out"), "--scheme", "W4A16"]

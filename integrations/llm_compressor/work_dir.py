@@ -113,16 +113,25 @@ class WorkDir:
 
         Args:
             modules: the linears by name, schemes attached.
+
+        Raises:
+            ValueError: if a file is not what was kept.
         """
-        records: list[LinearRecord] = []
-        for path in self._layers():
+        return [record for path in self._layers() for record in self._restore_layer(path, modules)]
+
+    def _restore_layer(self, path: Path, modules: Mapping[str, nn.Module]) -> list[LinearRecord]:
+        try:
             with safe_open(path, framework="pt") as file:
-                for entry in json.loads(file.metadata()["linears"]):
-                    records.append(LinearRecord(**{**entry, "basis": Basis(entry["basis"])}))
+                entries = json.loads(file.metadata()["linears"])
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     name, _, parameter = key.rpartition(".")
                     update_offload_parameter(modules[name], parameter, file.get_tensor(key))
-        return records
+            return [LinearRecord(**{**entry, "basis": Basis(entry["basis"])}) for entry in entries]
+        except Exception as error:  # it was whole when it appeared, so somebody changed it since
+            raise ValueError(
+                f"{path} was changed after it had been kept ({error}); delete {self.path} to start "
+                "anew"
+            ) from error
 
     def _layers(self) -> list[Path]:
         return sorted(self.path.glob("layer-*.safetensors"))

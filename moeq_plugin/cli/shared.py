@@ -31,7 +31,7 @@ def errors(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"moeq {command}: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -71,7 +71,7 @@ def read_dataset(path: Path | None) -> Any:
     """Return the data set of a JSON lines file, ``None`` for no path.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or it holds something else.
     """
     if path is None:
         return None
@@ -79,4 +79,9 @@ def read_dataset(path: Path | None) -> Any:
 
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected JSON lines with `text` or `input_ids`")
-    return load_dataset("json", data_files=str(path), split="train")
+    try:
+        return load_dataset("json", data_files=str(path), split="train")
+    except Exception as error:  # whatever a file of something else makes a parser do
+        raise ValueError(
+            f"{path} cannot be read as JSON lines with `text` or `input_ids`: {error}"
+        ) from error

@@ -166,6 +166,14 @@ def test_another_model_is_refused(model_path, tmp_path):
         run(tmp_path / "changed", tmp_path / "other", tmp_path / "work")
 
 
+def test_a_damaged_state_is_named(model_path, tmp_path):
+    run(model_path, tmp_path / "out", tmp_path / "work")
+    layer = tmp_path / "work" / "layer-00001.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="layer-00001.safetensors was changed after"):
+        run(model_path, tmp_path / "again", tmp_path / "work")
+
+
 def test_files_of_something_else_are_left_alone(model_path, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
