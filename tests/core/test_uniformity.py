@@ -100,7 +100,7 @@ def test_stays_within_its_bounds(gaps, seed):
     score = score_uniformity(normal(40, 50, seed=seed) ** 3, gaps)
 
     assert 0 <= score.p_coarse <= math.log(score.num_gaps)
-    assert score.p_fine >= 0
+    assert math.isfinite(score.p_fine)
 
 
 @pytest.mark.parametrize("gaps", MODES)
