@@ -14,9 +14,10 @@ from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.names import canonical, in_file
 from moeq_plugin.checkpoint.values import is_readable
 
-# relative errors that no sound quantizer reaches; another matrix is at 1.4
-_LIMIT = {1: 1.1, 2: 1.0, 3: 0.7, 4: 0.45}
-_LIMIT_ABOVE, _LIMIT_16_BIT = 0.25, 0.02
+# Relative errors that no sound quantizer reaches; another matrix is at 1.4. GPTQ moves weights far
+# where inputs hardly vary: an expert of a trained model was met at 0.72 with 3 bits.
+_LIMIT = {1: 1.2, 2: 1.2, 3: 1.1, 4: 0.8}
+_LIMIT_ABOVE, _LIMIT_16_BIT = 0.4, 0.02
 _NOT_COMPARABLE = 0.5  # of the linears beyond their limit
 
 
