@@ -188,3 +188,9 @@ def write_checkpoint(directory: Path) -> Path:
         },
     )  # fmt: skip
     return directory
+
+
+def traces(section, name):
+    """Return the traces of one chart of a section by their names."""
+    (chart,) = [chart for chart in section.charts if chart.name == name]
+    return {trace.get("name"): trace for trace in chart.data}

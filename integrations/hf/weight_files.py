@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from moeq_plugin.integrations.llm_compressor.staging import staged
 
 INDEX = "model.safetensors.index.json"
 
@@ -94,17 +94,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; nothing was written. Choose a new directory.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        unfinished.chmod(0o755)  # temporary directories are private
+    with staged(path) as unfinished:
         yield unfinished
-        if path.exists():
-            path.rmdir()
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from moeq_plugin.integrations.llm_compressor.sensitivity import (
     SensitivityConfig,
     SensitivityModifier,
 )
-from moeq_plugin.integrations.llm_compressor.work_dir import write_whole
+from moeq_plugin.integrations.llm_compressor.staging import write_whole
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.units import Target
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from torch import distributed, nn
@@ -236,7 +237,7 @@ class Calibration:
         if experts not in self.samples:
             # of this layer, so that a run that begins here draws what a whole run draws, and of
             # this rank, so that ranks draw differently
-            rank = distributed.get_rank() if distributed.is_initialized() else 0
+            rank = distributed.get_rank() if is_distributed() else 0
             layer_seed = random.Random(f"{self._seed}/{seat.layer.name}/{rank}").getrandbits(63)
             self.samples[experts] = TokenSample(torch.Generator().manual_seed(layer_seed))
         sample = self.samples[experts]

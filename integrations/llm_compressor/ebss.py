@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_source_process
 from datasets import Dataset
 from loguru import logger
-from torch import distributed
 from tqdm import tqdm
 
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence, expert_imbalance
@@ -86,7 +86,7 @@ def sample_set(
         total=config.num_sequences * config.seq_len,
         unit="tok",
         desc="EBSS",
-        disable=None if _is_main() else True,
+        disable=None if is_source_process() else True,
     )
     num_tokens = 0
 
@@ -107,7 +107,7 @@ def sample_set(
         on_finished=writer.write,
         on_step=advance,
     )
-    if file is not None and _is_main():
+    if file is not None and is_source_process():
         known = file.begin(_manifest(model, config, starts))
         sampler.finished = {sequence.index: sequence for sequence in known}
         advance(sum(len(sequence.input_ids) for sequence in known))
@@ -127,7 +127,7 @@ class _Writer:
     """Writes sequences as they come; a disk that is full ends the writing, not the sampling."""
 
     def __init__(self, file: EBSSFile | None) -> None:
-        self._file = file if _is_main() else None
+        self._file = file if is_source_process() else None
 
     def write(self, sequence: SampledSequence) -> None:
         if self._file is not None:
@@ -221,9 +221,3 @@ def _version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _is_main() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.core.sampling import SampledSequence
+from moeq_plugin.integrations.llm_compressor.staging import write_whole
 
 _FORMAT = 1
 _IDENTITY = ("format", "model", "config", "prompts")  # what must agree to continue a set
@@ -114,12 +115,10 @@ class EBSSFile:
         return sequences
 
     def _rewrite(self, sequences: Iterable[SampledSequence]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(asdict(s)) + "\n" for s in sequences))
-        temporary.replace(self.path)
+        lines = "".join(json.dumps(asdict(s)) + "\n" for s in sequences)
+        write_whole(self.path, lambda new: new.write_text(lines))
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.manifest_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.manifest_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-        temporary.replace(self.manifest_path)
+        content = json.dumps(manifest, indent=1) + "\n"
+        write_whole(self.manifest_path, lambda new: new.write_text(content))

@@ -32,11 +32,15 @@ def run_facts(began: float) -> dict[str, str]:
     }
 
 
+def peak_resident_memory() -> int:
+    """Return bytes: the most memory of the host that this process has held."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else 1024 * resident  # there in bytes already
+
+
 def peak_memory() -> int:
     """Return bytes: the most this process has held, on the host or on its accelerator."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform != "darwin":  # there it is in bytes already
-        resident *= 1024
+    resident = peak_resident_memory()
     if not torch.accelerator.is_available():
         return resident
     return max(resident, int(torch.accelerator.max_memory_allocated()))

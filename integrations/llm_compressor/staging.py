@@ -1,13 +1,32 @@
-"""Directories that appear complete or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial"
 _OF_A_CHECKPOINT = ("*.safetensors", "*.safetensors.index.json")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file that appears at ``path`` only once it is on the disk.
+
+    Args:
+        path: of the file.
+        write: called with the path to write instead.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -21,7 +40,7 @@ def staged(directory: Path) -> Iterator[Path]:
         directory: need not exist.
     """
     directory = directory.absolute()
-    workshop = directory.with_name(f".{directory.name}.partial")
+    workshop = directory.with_name(f".{directory.name}{PARTIAL}")
     shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
     stage = workshop / directory.name
     stage.mkdir(parents=True)

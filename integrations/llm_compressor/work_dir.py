@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.ranks import gather
+from moeq_plugin.integrations.llm_compressor.staging import PARTIAL, write_whole
 from moeq_plugin.report.record import Basis, LinearRecord
 
 _RUN_FILE = "run.json"
-_PARTIAL = ".partial"
 _SAMPLED_ELEMENTS = 2**16  # of every parameter
 
 
@@ -64,7 +63,7 @@ class WorkDir:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / _RUN_FILE
         before = json.loads(path.read_text()) if path.exists() else {}
-        foreign = [p.name for p in self.path.iterdir() if p.suffix != _PARTIAL]
+        foreign = [p.name for p in self.path.iterdir() if p.suffix != PARTIAL]
         if foreign and not before:
             raise ValueError(
                 f"work_dir {self.path} holds files of something else ({min(foreign)}, "
@@ -135,23 +134,6 @@ class WorkDir:
 
     def _layers(self) -> list[Path]:
         return sorted(self.path.glob("layer-*.safetensors"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file that appears at ``path`` only once it is on the disk.
-
-    Args:
-        path: of the file.
-        write: called with the path to write instead.
-    """
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def model_digest(model: nn.Module) -> str:

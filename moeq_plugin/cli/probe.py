@@ -10,7 +10,6 @@ in layers: rounding, compressing, saving; once: the rest.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -103,10 +102,11 @@ def _extrapolate(times: dict[str, float], num_layers: int, cut: int, more_data: 
 def _probe(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize the first layers in this process, with a clock at every step."""
     from llmcompressor.entrypoints.oneshot import oneshot
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     from moeq_plugin import MoEQuantModifier
-    from moeq_plugin.cli.shared import read_dataset
+    from moeq_plugin.cli.shared import load_model, read_dataset
+    from moeq_plugin.integrations.llm_compressor.environment import peak_resident_memory
 
     marks = [("start", _clocks())]
 
@@ -129,8 +129,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     config.num_hidden_layers = request["num_layers"]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: request["num_layers"]]
-    loaded = AutoModelForCausalLM.from_pretrained(request["model"], config=config, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(request["model"])
+    loaded, tokenizer = load_model(request["model"], config=config)
     data = read_dataset(Path(request["dataset"]))
     num_all = min(len(data), request["num_calibration_samples"])
     num_used = min(num_all, _SEQUENCES)
@@ -150,10 +149,9 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
         )
     marks.append(("saved", _clocks()))
     parameters = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     width = config.hidden_size * loaded.dtype.itemsize
     return {
-        "cpu": _phases(marks, 0), "wall": _phases(marks, 1), "peak_bytes": peak,
+        "cpu": _phases(marks, 0), "wall": _phases(marks, 1), "peak_bytes": peak_resident_memory(),
         "model_bytes": parameters, "used": num_used, "all": num_all,
         "activation_bytes": num_used * request["max_seq_length"] * width,
     }  # fmt: skip

@@ -52,8 +52,12 @@ def run_oneshot(model: str, recipe: Any, **arguments: Any) -> None:
     oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
 
 
-def load_model(model: str) -> tuple[Any, Any]:
+def load_model(model: str, **settings: Any) -> tuple[Any, Any]:
     """Return a model in its own dtype and its tokenizer.
+
+    Args:
+        model: directory or id.
+        **settings: of ``from_pretrained``, such as another ``config``.
 
     Raises:
         ValueError: if either cannot be loaded, whatever the reason.
@@ -61,7 +65,7 @@ def load_model(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **settings)
         return loaded, AutoTokenizer.from_pretrained(model)
     except Exception as error:  # configs and weights of strangers fail in every way there is
         raise ValueError(f"cannot load {model}: {type(error).__name__}: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,33 +16,14 @@ from torch import nn
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
 
 
-class RoutingTap:
-    """Collects, while it is entered, the routing of each forward of a model.
+class Tap:
+    """Listens to a forward by hooks while it is entered, and forgets what it noted at the end."""
 
-    Args:
-        layers: the model's MoE layers, of one number of experts.
-
-    Raises:
-        UnsupportedModelError: if the layers differ in their number of experts.
-    """
-
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
-        counts = sorted({layer.num_experts for layer in layers})
-        if len(counts) != 1:
-            raise UnsupportedModelError(
-                f"expected MoE layers of one number of experts, got {counts} experts in "
-                f"{len(layers)} layers; calibrate this model with a data set"
-            )
-        self.num_experts = counts[0]
-        self._layers = layers
-        self._index: dict[int, torch.Tensor] = {}
-        self._weights: dict[int, torch.Tensor] = {}
+    def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def __enter__(self) -> RoutingTap:
-        for number, layer in enumerate(self._layers):
-            hook = self._hook(number)
-            self._handles.append(layer.experts.register_forward_pre_hook(hook))
+    def __enter__(self) -> Self:
+        self._handles += self._listen()
         return self
 
     def __exit__(
@@ -53,6 +34,47 @@ class RoutingTap:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._forget()
+
+    def _listen(self) -> list[Any]:
+        """Register the hooks and return their handles."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Drop what was noted."""
+        raise NotImplementedError
+
+
+class RoutingTap(Tap):
+    """Collects, while it is entered, the routing of each forward of a model.
+
+    Args:
+        layers: the model's MoE layers, of one number of experts.
+
+    Raises:
+        UnsupportedModelError: if the layers differ in their number of experts.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        super().__init__()
+        counts = sorted({layer.num_experts for layer in layers})
+        if len(counts) != 1:
+            raise UnsupportedModelError(
+                f"expected MoE layers of one number of experts, got {counts} experts in "
+                f"{len(layers)} layers; calibrate this model with a data set"
+            )
+        self.num_experts = counts[0]
+        self._layers = layers
+        self._index: dict[int, torch.Tensor] = {}
+        self._weights: dict[int, torch.Tensor] = {}
+
+    def _listen(self) -> list[Any]:
+        return [
+            layer.experts.register_forward_pre_hook(self._hook(number))
+            for number, layer in enumerate(self._layers)
+        ]
+
+    def _forget(self) -> None:
         self._index.clear()
         self._weights.clear()
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
+from moeq_plugin.models.routing import Tap
 from moeq_plugin.models.statistics import mean_and_stderr
 
 
@@ -67,30 +67,23 @@ class RoutingAgreement:
         return min(self.layers, key=lambda layer: layer.jaccard)
 
 
-class RouterTap:
+class RouterTap(Tap):
     """Notes, while it is entered, the experts' indices and the routers' logits of a forward."""
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
+        super().__init__()
         self._layers = layers
         self._noted: dict[tuple[str, int], torch.Tensor] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> RouterTap:
+    def _listen(self) -> list[Any]:
+        handles: list[Any] = []
         for number, layer in enumerate(self._layers):
-            self._handles.append(layer.experts.register_forward_pre_hook(self._on_experts(number)))
+            handles.append(layer.experts.register_forward_pre_hook(self._on_experts(number)))
             if layer.router is not None:
-                hook = self._on_router(number)
-                self._handles.append(layer.router.register_forward_hook(hook))
-        return self
+                handles.append(layer.router.register_forward_hook(self._on_router(number)))
+        return handles
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def _forget(self) -> None:
         self._noted.clear()
 
     def take(self, rows: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -329,15 +329,20 @@ def target_regex_without_mixtrals_own_names(path):
         groups["group_1"]["targets"] = [r"re:.*layers\.1\.mlp\.experts.*_proj$"]
 
 
+def add_8_bit_group(path, target):
+    """Let the config say that a part has 8 bits."""
+    with edited_config(path) as config:
+        config["quantization_config"]["config_groups"]["group_1"] = {
+            **int4(16, num_bits=8)["group_0"],
+            "targets": [target],
+        }
+
+
 @fault("mixed-fused-group", "mixed-layer", where="vLLM")
 def gate_and_up_of_experts_with_different_schemes(path):
     for expert in range(4):
         requantize(path, f"model.layers.0.mlp.experts.{expert}.up_proj", num_bits=8)
-    with edited_config(path) as config:
-        config["quantization_config"]["config_groups"]["group_1"] = {
-            **int4(16, num_bits=8)["group_0"],
-            "targets": [r"re:.*layers\.0\.mlp\.experts\.\d+\.up_proj"],
-        }
+    add_8_bit_group(path, r"re:.*layers\.0\.mlp\.experts\.\d+\.up_proj")
 
 
 @fault("mixed-fused-group", "scheme-mismatch", where="gate_proj", of="qwen2_moe")
@@ -348,11 +353,7 @@ def gate_and_up_of_a_shared_expert_with_different_schemes(path):
 @fault("mixed-fused-group", "scheme-mismatch", where="self_attn")
 def q_k_and_v_with_different_schemes(path):
     requantize(path, f"{ATTENTION}.k_proj", num_bits=8)
-    with edited_config(path) as config:
-        config["quantization_config"]["config_groups"]["group_1"] = {
-            **int4(16, num_bits=8)["group_0"],
-            "targets": [r"re:.*layers\.0\.self_attn\.k_proj"],
-        }
+    add_8_bit_group(path, r"re:.*layers\.0\.self_attn\.k_proj")
 
 
 @fault("mixed-fused-group", "scheme-mismatch", where="q_a_proj", of="deepseek_v2")
@@ -514,11 +515,7 @@ def experts_of_one_bit(path):
 @fault("gguf-mixed", where="up_proj", target="gguf")
 def experts_of_several_schemes_in_gguf(path):
     requantize(path, f"{EXPERT}.up_proj", num_bits=8)
-    with edited_config(path) as config:
-        config["quantization_config"]["config_groups"]["group_1"] = {
-            **int4(16, num_bits=8)["group_0"],
-            "targets": [r"re:.*layers\.1\.mlp\.experts\.2\.up_proj"],
-        }
+    add_8_bit_group(path, r"re:.*layers\.1\.mlp\.experts\.2\.up_proj")
 
 
 # files

@@ -5,6 +5,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,22 +83,29 @@ def change(content, path, value, is_removed):
         content[path[-1]] = value
 
 
+@contextmanager
+def damaged(file, content):
+    """Put ``content`` into a file for a while."""
+    original = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(original)
+
+
 @pytest.mark.slow
 @ENDLESS
 @given(data=st.data())
 def test_any_entry_of_a_config_may_be_anything(data, bases):
     base = data.draw(st.sampled_from(bases))
     file = base / "config.json"
-    original = file.read_text()
-    config = json.loads(original)
+    config = json.loads(file.read_text())
     for _ in range(data.draw(st.integers(1, 2))):
         path = data.draw(st.sampled_from(paths_of(config)))
         change(config, path, data.draw(values), data.draw(st.booleans()))
-    file.write_text(json.dumps(config))
-    try:
+    with damaged(file, json.dumps(config).encode()):
         run_one(data, base)
-    finally:
-        file.write_text(original)
 
 
 @pytest.mark.slow
@@ -108,11 +116,8 @@ def test_a_file_may_be_cut_anywhere(data, bases):
     file = base / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
     original = file.read_bytes()
     end = data.draw(st.one_of(st.integers(0, 400), st.integers(0, len(original) - 1)))
-    file.write_bytes(original[: min(end, len(original) - 1)])
-    try:
+    with damaged(file, original[: min(end, len(original) - 1)]):
         assert run_one(data, base) == 2 or file.name != "config.json"
-    finally:
-        file.write_bytes(original)
 
 
 @pytest.mark.slow
@@ -131,11 +136,8 @@ def test_any_entry_of_a_header_may_be_anything(data, bases):
         data.draw(st.booleans()),
     )
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + original[8 + length :])
-    try:
+    with damaged(file, len(text).to_bytes(8, "little") + text + original[8 + length :]):
         run_one(data, base)
-    finally:
-        file.write_bytes(original)
 
 
 @pytest.mark.slow
@@ -148,11 +150,8 @@ def test_any_bytes_may_be_overwritten(data, bases):
     place = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(original) - 1)))
     noise = data.draw(st.binary(min_size=1, max_size=16))
     place = min(place, len(original) - 1)
-    file.write_bytes(original[:place] + noise + original[place + len(noise) :])
-    try:
+    with damaged(file, original[:place] + noise + original[place + len(noise) :]):
         run_one(data, base)
-    finally:
-        file.write_bytes(original)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_a_full_disk_loses_nothing(write, model_path, tmp_path, monkeypatch):
         original(descriptor)
 
     with monkeypatch.context() as disk:
-        disk.setattr(work_dir_module.os, "fsync", full)
+        disk.setattr(os, "fsync", full)
         if write <= LAYERS:
             with pytest.raises(OSError, match="No space left"):
                 run(model_path, tmp_path / "out", work)

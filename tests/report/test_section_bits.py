@@ -1,18 +1,7 @@
 import pytest
-from written_checkpoint import choice, write_checkpoint
+from written_checkpoint import choice, traces
 
-from moeq_plugin.report.directory import read_directory
 from moeq_plugin.report.section_bits import bits_section
-
-
-@pytest.fixture
-def found(tmp_path):
-    return read_directory(write_checkpoint(tmp_path))
-
-
-def traces(section, name):
-    (chart,) = [chart for chart in section.charts if chart.name == name]
-    return {trace.get("name"): trace for trace in chart.data}
 
 
 def test_bars_are_true_bits_of_experts_and_of_the_rest(found):

@@ -2,16 +2,10 @@ import dataclasses
 import math
 
 import pytest
-from written_checkpoint import EXPERTS, LAYERS, effective_tokens, record, write_checkpoint
+from written_checkpoint import EXPERTS, LAYERS, effective_tokens, record
 
 from moeq_plugin.report import section_experts
-from moeq_plugin.report.directory import read_directory
 from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
-
-
-@pytest.fixture
-def found(tmp_path):
-    return read_directory(write_checkpoint(tmp_path))
 
 
 def charts(section):

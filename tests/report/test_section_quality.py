@@ -1,13 +1,6 @@
 import pytest
-from written_checkpoint import write_checkpoint
 
-from moeq_plugin.report.directory import read_directory
 from moeq_plugin.report.section_quality import quality_section
-
-
-@pytest.fixture
-def found(tmp_path):
-    return read_directory(write_checkpoint(tmp_path))
 
 
 def test_the_worst_text_task_and_layer_are_named(found):

@@ -1,14 +1,7 @@
-import pytest
-from written_checkpoint import PROMPT, write_checkpoint
+from written_checkpoint import PROMPT
 
-from moeq_plugin.report.directory import read_directory
 from moeq_plugin.report.record import Basis
 from moeq_plugin.report.section_run import run_section, samples_section, verdict
-
-
-@pytest.fixture
-def found(tmp_path):
-    return read_directory(write_checkpoint(tmp_path))
 
 
 def test_a_rounded_linear_or_a_limit_or_a_broken_file_is_worth_a_look(found):
