@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.core.sensitivity import SensitivityTable
     from moeq_plugin.integrations.hf import MoEQuantConfig
-    from moeq_plugin.integrations.llm_compressor import MoEQuantModifier, RWKVQuantModifier
+    from moeq_plugin.integrations.llm_compressor import (
+        MoEQuantAWQModifier,
+        MoEQuantModifier,
+        ResidualRotationModifier,
+        RWKVQuantModifier,
+    )
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
     from moeq_plugin.models.evaluation import evaluate
 
@@ -22,9 +27,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitBudget": "moeq_plugin.core.allocation",
     "EBSSConfig": "moeq_plugin.core.sampling",
+    "MoEQuantAWQModifier": "moeq_plugin.integrations.llm_compressor",
     "MoEQuantConfig": "moeq_plugin.integrations.hf",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
+    "ResidualRotationModifier": "moeq_plugin.integrations.llm_compressor",
     "SensitivityTable": "moeq_plugin.core.sensitivity",
     "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
@@ -35,9 +42,11 @@ _HOMES = {
 __all__ = [
     "BitBudget",
     "EBSSConfig",
+    "MoEQuantAWQModifier",
     "MoEQuantConfig",
     "MoEQuantModifier",
     "RWKVQuantModifier",
+    "ResidualRotationModifier",
     "SensitivityTable",
     "__version__",
     "allocate_bits",
