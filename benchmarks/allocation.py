@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -107,20 +108,20 @@ class Bench:
             for name, found in self.table.interactions.items()
         ]
 
-    def kl(self, choice: Choice) -> float:
-        """Return held-out KL with the chosen weights, and W4 where nothing was chosen."""
+    def judge(self, choice: Choice) -> dict[str, float]:
+        """Judge the model with the chosen weights, and W4 where nothing was chosen."""
         with torch.no_grad():
             for name, original in self.original.items():
                 option = choice.get(name, "W4A16")
                 weight = self.rounded[option].get(name, original)
                 self.model.get_submodule(name).weight.copy_(weight)
-            result = self.scale.kl(self.model)
+            result = self.scale.judge(self.model)
             for name, original in self.original.items():
                 self.model.get_submodule(name).weight.copy_(original)
         return result
 
     def compare(self) -> list[dict[str, object]]:
-        """Return held-out KL of every method, unit and budget."""
+        """Judge every method, unit and budget on held-out text."""
         rows = [i for i, name in enumerate(self.table.rows) if ".experts." in name]
         experts = subset(self.table, rows)
         tables = {
@@ -165,7 +166,7 @@ class Bench:
             "unit": unit,
             "budget": budget,
             "bits_per_weight": bits(table, choice),
-            "kl": self.kl(choice),
+            **self.judge(choice),
         }
 
     def _peers(self, experts: SensitivityTable) -> dict[str, SensitivityTable]:
@@ -215,7 +216,7 @@ class Bench:
             ]
             table = replace(self.table, loss=np.array([loss]), domains=("random",))
             choice = solve(table, "layer", 3.0)
-            points.append((predicted(self.table, choice), self.kl(choice)))
+            points.append((predicted(self.table, choice), self.judge(choice)["kl"]))
         predicted_kl, measured = map(list, zip(*points, strict=True))
         return {
             "model": self.corpus.name,
@@ -244,7 +245,7 @@ def _mc_moe(errors: ExpertErrors, expert: int, gamma: float) -> torch.Tensor:
 
 
 class Scale:
-    """Measures KL to the model as it was on held-out batches."""
+    """Measures on held-out batches, against the model as it was."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
@@ -252,13 +253,20 @@ class Scale:
         self._reference = [model(input_ids=ids).logits.log_softmax(-1) for ids in self._batches]
 
     @torch.no_grad()
-    def kl(self, model: nn.Module) -> float:
-        """Return nats per token."""
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Return ``kl`` in nats per token, ``perplexity`` and that of the original."""
         found = []
         for ids, theirs in zip(self._batches, self._reference, strict=True):
             ours = model(input_ids=ids).logits.log_softmax(-1)
-            found.append((theirs.exp() * (theirs - ours)).sum(-1).mean(1))
-        return torch.cat(found).mean().item()
+            kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+            losses = [-of[:, :-1].gather(2, ids[:, 1:, None]).mean((1, 2)) for of in (ours, theirs)]
+            found.append(torch.stack([kl, *losses]))
+        kl, loss, original = torch.cat(found, 1).mean(1).tolist()
+        return {
+            "kl": kl,
+            "perplexity": math.exp(loss),
+            "reference_perplexity": math.exp(original),
+        }
 
 
 def load(corpus: Corpus) -> nn.Module:
@@ -380,7 +388,7 @@ def compare_robust(seed: int, per_domain: int) -> list[dict[str, object]]:
             with torch.no_grad():
                 for name, option in choice.items():
                     model.get_submodule(name).weight.copy_(rounded[option][name])
-            kl = {name: scale.kl(model) for name, scale in scales.items()}
+            kl = {name: scale.judge(model)["kl"] for name, scale in scales.items()}
             found.append({"seed": seed, "budget": budget, "method": method, "kl": kl})
     return found
 
