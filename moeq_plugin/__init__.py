@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeq_plugin.core.sensitivity import SensitivityTable
     from moeq_plugin.integrations.hf import MoEQuantConfig
     from moeq_plugin.integrations.llm_compressor import (
+        MoEQuantAWQModifier,
         MoEQuantModifier,
         ResidualRotationModifier,
         RWKVQuantModifier,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitBudget": "moeq_plugin.core.allocation",
     "EBSSConfig": "moeq_plugin.core.sampling",
+    "MoEQuantAWQModifier": "moeq_plugin.integrations.llm_compressor",
     "MoEQuantConfig": "moeq_plugin.integrations.hf",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
@@ -40,6 +42,7 @@ _HOMES = {
 __all__ = [
     "BitBudget",
     "EBSSConfig",
+    "MoEQuantAWQModifier",
     "MoEQuantConfig",
     "MoEQuantModifier",
     "RWKVQuantModifier",

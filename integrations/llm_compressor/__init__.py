@@ -11,11 +11,22 @@ except ImportError as error:
         "moeq_plugin's modifiers need llm-compressor: pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 
+from moeq_plugin.integrations.llm_compressor.awq_modifier import MoEQuantAWQModifier
 from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor.rotation import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.rwkv_modifier import RWKVQuantModifier
 
-__all__ = ["MoEQuantModifier", "RWKVQuantModifier", "ResidualRotationModifier"]
+__all__ = [
+    "MoEQuantAWQModifier",
+    "MoEQuantModifier",
+    "RWKVQuantModifier",
+    "ResidualRotationModifier",
+]
 
-for _modifier in (MoEQuantModifier, RWKVQuantModifier, ResidualRotationModifier):
+for _modifier in (
+    MoEQuantAWQModifier,
+    MoEQuantModifier,
+    RWKVQuantModifier,
+    ResidualRotationModifier,
+):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -58,6 +58,10 @@ class RunRecord:
         limits: what a reader of the checkpoint has to know, one sentence each.
         kept: targeted modules left in 16 bit, with the reason.
         uniformity: where weights were scored, both proxies of each and whether it stayed scalar.
+        smoothed: scales that were moved between modules, by the module whose output shrank: what
+            the choice rests on and its loss before and after.
+        left_out: modules whose output was not scaled, and why.
+        clipped: linears whose outliers were clamped: loss after as a share of the loss before.
         bits_per_weight: of the quantized weights with all that is stored for them, where known.
         model: name or path of the model before quantization, empty where unknown.
         calibration: what it was calibrated on, in words; empty where unknown.
@@ -72,6 +76,9 @@ class RunRecord:
     limits: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     uniformity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    smoothed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    clipped: dict[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
     model: str = ""
     calibration: str = ""
@@ -88,6 +95,8 @@ class RunRecord:
         Args:
             num_targets: how many linears were to be quantized.
         """
+        if self.smoothed or self.left_out:
+            return self._smoothing_summary()
         tail = ""
         if self.linears:
             worst = min(self.linears, key=lambda record: record.effective_tokens)
@@ -97,6 +106,20 @@ class RunRecord:
             f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
             f"{self.count(Basis.NONE)} rounded to nearest{tail}"
+        )
+
+    def _smoothing_summary(self) -> str:
+        bases = [of["basis"] for of in self.smoothed.values()]
+        weighted = [name for name, of in self.smoothed.items() if of["weighted"]]
+        tail = f"; clipped {len(self.clipped)} linears" if self.clipped else ""
+        if weighted:
+            worst = min(weighted, key=lambda name: self.smoothed[name]["effective_tokens"])
+            fewest = self.smoothed[worst]["effective_tokens"]
+            tail += f"; fewest effective tokens {fewest:.1f} ({worst})"
+        return (
+            f"smoothed {len(bases)} of {len(bases) + len(self.left_out)} modules, {len(weighted)} "
+            f"of them weighted by a router, {bases.count(Basis.SHRUNK)} on second moments mixed "
+            f"with the layer's, {bases.count(Basis.LAYER)} on the layer's alone{tail}"
         )
 
     @classmethod

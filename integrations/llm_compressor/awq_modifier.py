@@ -1,0 +1,386 @@
+"""MoEQuantAWQModifier: AWQ whose scales for an expert are judged by the tokens that it serves."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading, update_offload_parameter
+from compressed_tensors.quantization import disable_quantization, enable_quantization
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
+from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_serializer, field_validator
+from torch import nn
+
+from moeq_plugin.core.awq import representative_inputs
+from moeq_plugin.core.clip import clip_weight
+from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor.awq_calibration import SmoothingCalibration
+from moeq_plugin.integrations.llm_compressor.awq_mappings import (
+    FoundMappings,
+    find_mappings,
+    judged_alone,
+)
+from moeq_plugin.integrations.llm_compressor.awq_preflight import check_mappings, check_request
+from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
+from moeq_plugin.integrations.llm_compressor.compression import grid_of, guard, weight_args
+from moeq_plugin.integrations.llm_compressor.environment import run_facts, versions
+from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.report.record import Basis, RunRecord
+
+_SETTINGS = ("affinity_power", "min_effective_tokens", "seed", "clip", "duo_scaling", "n_grid")
+_NO_TOKENS = "no token reached it"
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Second moments of a linear's inputs, guarded: ``[in, in]``, and what they rest on."""
+
+    hessian: torch.Tensor
+    weight_sum: float
+    basis: Basis
+    effective_tokens: float
+
+
+class MoEQuantAWQModifier(AWQModifier):
+    """Move scales between modules as AWQ does, judging those of an expert by its own tokens.
+
+    For a linear inside an expert the scales ``s`` are those with the least
+    ``sum_t c_te^p ||Q(W diag(s)) (x_t / s) - W x_t||^2`` over the tokens routed to it, ``c_te`` the
+    router's combine weight and ``p`` the ``affinity_power`` (MoEQuant+, arXiv:2505.03804, Eq. 18;
+    a shared expert is weighted by its gate). The norm before a MoE block feeds all its experts and
+    the router; its scales are judged by the output of the whole block, in which ``c_te`` multiplies
+    every expert already, so nothing is weighted there.
+
+    Like the host's ``AWQModifier`` this only moves scales: put a modifier that quantizes after it.
+    Arguments that are not listed are the host's.
+
+    Where we differ from the host: mappings are read off the model's structure, include everything
+    that reads a norm (the host leaves out routers and shared experts of some architectures, which
+    changes the model), and are tried before they are used; experts run on the tokens routed to
+    them; linears are judged by second moments instead of stored activations; padding counts
+    nowhere; an expert that saw too little borrows from its layer.
+
+    Sample yaml:
+
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        MoEQuantAWQModifier:
+          clip: true
+        QuantizationModifier:
+          scheme: W4A16
+          ignore: [lm_head, "re:.*gate$"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize: check the request, find mappings and try them
+    - on_calibration_start: hooks, on schemes that later modifiers have attached by then
+    - on_sequential_epoch_end: choose scales of one layer, apply them, clip
+    - on_calibration_end: remove hooks
+    - on_finalize: one line that says what was smoothed and what was not
+
+    Args:
+        affinity_power: power of the combine weight: 1 as in the paper, 0 for plain AWQ on routed
+            tokens, 2 for the exact squared error of the block's output.
+        min_effective_tokens: an expert's linear with fewer effective tokens, ``(sum a)^2 /
+            sum a^2``, borrows second moments from its layer. ``None`` means its number of inputs.
+        seed: of the sample of layer tokens that starved experts borrow from.
+        clip: also clamp outliers of weights where that lowers the same weighted error
+            (:func:`moeq_plugin.core.clip.clip_weight`), in MLPs, values and attention outputs;
+            queries and keys are left alone since a softmax stands behind them. The host has no
+            clipping; the paper's looks at the weights only. For a quantizer that rounds to
+            nearest: GPTQ after it takes clamped weights for the true ones.
+    """
+
+    affinity_power: float = Field(default=1.0, ge=0)
+    min_effective_tokens: float | None = Field(default=None, ge=0)
+    seed: int = 0
+    clip: bool = False
+
+    @field_serializer("offload_device")
+    def _device_name(self, device: Any) -> Any:
+        # recipe.yaml could not be read back with the host's own torch.device in it
+        return str(device) if isinstance(device, torch.device) else device
+
+    @field_validator("offload_device", mode="before")
+    @classmethod
+    def _named_device(cls, device: Any) -> Any:
+        return torch.device(device) if isinstance(device, str) else device
+
+    _layers: list[MoELayer] = PrivateAttr(default_factory=list)
+    _found: FoundMappings = PrivateAttr(default_factory=FoundMappings)
+    _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _calibration: SmoothingCalibration | None = PrivateAttr(default=None)
+    _padding: PaddingWatch | None = PrivateAttr(default=None)
+    _masks: list[torch.Tensor | None] = PrivateAttr(default_factory=list)  # of the basic pipeline
+    _record: RunRecord | None = PrivateAttr(default=None)
+    _began: float = PrivateAttr(default=0.0)
+    _moments: dict[nn.Linear, _Moments] = PrivateAttr(default_factory=dict)
+    _scales: dict[nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _clippable: set[nn.Module] = PrivateAttr(default_factory=set)
+    _judged: ResolvedMapping | None = PrivateAttr(default=None)
+    _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the request against model and data, find mappings and try them.
+
+        Raises:
+            ValueError: if the request cannot succeed; nothing has been changed then.
+        """
+        model = state.model
+        self._layers = find_moe_layers(model)
+        check_request(type(self).__name__, state, self._layers)
+        preflight.check_running_output_dir()
+        self._began = time.monotonic()
+        self._names = {module: name for name, module in model.named_modules()}
+        given = self.mappings
+        if given is None:
+            with disable_offloading():
+                self._found = find_mappings(model, self._layers)
+            self.mappings = []  # or the host would look them up by the name of the architecture
+        super().on_initialize(state, **kwargs)
+        self.mappings = given
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Register the hooks that observe what is quantized."""
+        padding = self._padding = PaddingWatch(state)
+        self._undo.callback(padding.listen())
+        # a token that is not routed has weight zero: do not compute what will not count
+        run_routed_tokens_only(self._undo)
+        self._calibration = SmoothingCalibration(
+            affinity_power=self.affinity_power,
+            weight_gate_proj=True,
+            seed=self.seed,
+            padding=padding,
+        )
+        super().on_calibration_start(state, event, **kwargs)
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        self._record = RunRecord(
+            modifier=type(self).__name__,
+            settings={**settings, "mappings": [asdict(x) for x in self.mappings or ()] or None},
+            versions=versions(),
+            left_out=dict(self._found.left_out),
+            model=getattr(state.model, "name_or_path", ""),
+            calibration=f"{len(state.data.calib)} batches of the data given to oneshot",
+        )
+        prepare_saving(state.model, self._layers, self._record, lambda _directory: None)
+        linears = [x for x in map(judged_alone, self._resolved_mappings) if x is not None]
+        if self.clip:
+            self._clippable = set(_clippable(state.model))
+            linears += [x for x in self._clippable if x not in linears]
+        self._calibration.attach(state.model, self._layers, linears, self.register_hook)
+        self._calibration.watch(self._resolved_mappings, self.register_hook)
+        self.register_hook(state.model, self._note_mask, "forward_pre", with_kwargs=True)
+
+    def on_sequential_epoch_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Smooth the layer that has just been calibrated, then clip it."""
+        calibration = self._calibration
+        assert calibration is not None  # set in on_calibration_start
+        calibration.check_finite(self._names)
+        with torch.no_grad(), disable_offloading(), _unquantized(state.model):
+            self._guard_moments(calibration)
+            wanted = self._hand_over(calibration)
+            with _without_pinning():
+                super().on_sequential_epoch_end(state, event, **kwargs)
+            self._note_skipped(wanted)
+            if self.clip:
+                self._clip_layer()
+        calibration.clear_layer()
+        self._moments.clear()
+        self._scales.clear()
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Note what no batch has called, then remove hooks."""
+        assert self._record is not None  # set in on_calibration_start
+        for mapping in self._resolved_mappings:
+            if mapping.smooth_name not in self._record.smoothed:
+                self._record.left_out.setdefault(mapping.smooth_name, _NO_TOKENS)
+        self._undo.close()
+        self._calibration = None
+        super().on_calibration_end(state, event, **kwargs)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Name the experts that borrowed, then say in one line what was smoothed."""
+        record = self._record
+        assert record is not None  # set in on_calibration_start
+        record.run = run_facts(self._began)
+        borrowed = [name for name, of in record.smoothed.items() if of["basis"] is not Basis.OWN]
+        if borrowed:
+            logger.warning(
+                f"{len(borrowed)} modules saw fewer effective tokens than they have features; "
+                f"their scales rest on their layer's tokens too: {', '.join(borrowed)}"
+            )
+        unseen = _NO_TOKENS in record.left_out.values()
+        logger.log("WARNING" if unseen else "INFO", record.summary(len(record.smoothed)))
+        self._layers, self._found, self._names = [], FoundMappings(), {}
+        return super().on_finalize(state, **kwargs)
+
+    def _set_resolved_mappings(self, model: nn.Module) -> None:
+        """Take the mappings that were given or found, as far as they are for quantized weights."""
+        if self.mappings is not None:
+            super()._set_resolved_mappings(model)
+        else:
+            self._resolved_mappings = self._found.only_quantized()
+        check_mappings(self._resolved_mappings, self._layers, self._names)
+
+    def _setup_activation_cache_hooks(self) -> None:
+        """Let the host keep the arguments of blocks; linears are judged by second moments."""
+        everything = self._resolved_mappings
+        self._resolved_mappings = [m for m in everything if judged_alone(m) is None]
+        super()._setup_activation_cache_hooks()
+        self._resolved_mappings = everything
+
+    def _guard_moments(self, calibration: SmoothingCalibration) -> None:
+        for observation in calibration.observations.values():
+            hessian, weight_sum, basis = guard(
+                observation,
+                calibration,
+                min_effective_tokens=self.min_effective_tokens,
+                shrinkage=1.0,
+            )
+            effective = observation.moments.effective_tokens
+            moments = _Moments(hessian, weight_sum, basis, effective)
+            self._moments.update(dict.fromkeys(observation.linears, moments))
+
+    def _hand_over(self, calibration: SmoothingCalibration) -> list[str]:
+        """Give the host what it searches by; return the names of mappings it is to smooth."""
+        assert self._record is not None  # set in on_calibration_start
+        self._smooth_activation_stats.clear()  # of the host's own hooks, which count padding
+        for mapping in self._resolved_mappings:
+            magnitude = calibration.magnitudes.get(mapping.smooth_name)
+            if magnitude is None:
+                continue  # of another layer
+            linear = judged_alone(mapping)
+            moments = self._moments[linear] if linear is not None else None
+            if moments.basis is Basis.NONE if moments is not None else magnitude.count == 0:
+                self._record.left_out[mapping.smooth_name] = _NO_TOKENS
+                continue
+            stats = [magnitude.total, magnitude.count]
+            if moments is not None and linear is not None:
+                rows = representative_inputs(moments.hessian, moments.weight_sum)
+                cache = IntermediatesCache(None, self.offload_device)
+                cache.append({"input": rows.to(linear.weight.dtype)})
+                self._parent_args_cache[linear] = cache
+                if moments.basis is not Basis.OWN:  # whose absolute values nobody has summed up
+                    stats = [rows.square().mean(0).sqrt(), torch.ones(())]
+            self._smooth_activation_stats[mapping.smooth_name] = stats
+        return list(self._smooth_activation_stats)
+
+    def _compute_best_scale(
+        self, mapping: ResolvedMapping, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Let the host search, and note what it found."""
+        self._judged = mapping
+        scales = super()._compute_best_scale(mapping, *args, **kwargs)
+        self._scales.update(dict.fromkeys(mapping.balance_layers, scales))
+        linear = judged_alone(mapping)
+        moments = self._moments[linear] if linear is not None else None
+        assert self._record is not None  # set in on_calibration_start
+        self._record.smoothed[mapping.smooth_name] = {
+            "judged by": mapping.parent_name,
+            "weighted": linear is not None and self._has_token_weights(linear),
+            "basis": moments.basis if moments is not None else Basis.OWN,
+            "effective_tokens": moments.effective_tokens if moments is not None else None,
+            "loss": self._error_metrics[-1]["best_error"],
+            "loss_unscaled": self._error_metrics[-1]["initial_error"],
+        }
+        return scales
+
+    def _compute_loss(
+        self, fp16_outputs: list[torch.Tensor], int_w_outputs: list[torch.Tensor]
+    ) -> float:
+        """Return the host's mean squared error, of a block over the tokens that are no padding."""
+        assert self._judged is not None and self._padding is not None  # set before a search
+        masks = [batch.get("attention_mask") for batch in self._padding.batches] or self._masks
+        if judged_alone(self._judged) is None and masks:
+            fp16_outputs = list(map(_unpadded, fp16_outputs, masks))
+            int_w_outputs = list(map(_unpadded, int_w_outputs, masks))
+        return float(super()._compute_loss(fp16_outputs, int_w_outputs))
+
+    def _note_mask(self, _model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
+        self._masks.append(kwargs.get("attention_mask"))
+
+    def _has_token_weights(self, linear: nn.Linear) -> bool:
+        assert self._calibration is not None  # set while a layer is smoothed
+        seat = self._calibration.seat_of(linear)
+        is_weighted = seat is not None and not (
+            seat.expert is None and seat.layer.shared_gate is None
+        )
+        return is_weighted and self.affinity_power > 0
+
+    def _note_skipped(self, wanted: list[str]) -> None:
+        assert self._record is not None  # set in on_calibration_start
+        for name in wanted:
+            if name not in self._record.smoothed:
+                self._record.left_out[name] = "its output holds NaN or infinity"
+
+    def _clip_layer(self) -> None:
+        assert self._record is not None  # set in on_calibration_start
+        for linear, moments in self._moments.items():
+            args = weight_args(linear)
+            grid = grid_of(args) if args is not None else None
+            if grid is None or moments.basis is Basis.NONE or linear not in self._clippable:
+                continue
+            hessian = moments.hessian
+            scales = self._scales.get(linear)
+            if scales is not None:  # its inputs have shrunk by them since they were observed
+                scales = scales.to(hessian)
+                hessian = hessian / scales / scales[:, None]
+            clipped = clip_weight(linear.weight, hessian, grid)
+            update_offload_parameter(linear, "weight", clipped.weight)
+            before = clipped.loss_unclipped.sum().item()
+            if before > 0:
+                self._record.clipped[self._names[linear]] = clipped.loss.sum().item() / before
+
+
+def _clippable(model: nn.Module) -> Iterator[nn.Linear]:
+    """Yield quantized linears of MLPs, values and attention outputs."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            of_attention = hasattr(parent, "o_proj") and name in ("v_proj", "o_proj")
+            is_quantized = isinstance(child, nn.Linear) and weight_args(child) is not None
+            if is_quantized and (of_attention or hasattr(parent, "down_proj")):
+                yield child
+
+
+def _unpadded(outputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    rows = outputs.flatten(0, -2)
+    if mask is None or mask.numel() != len(rows):
+        return outputs
+    return rows[mask.flatten().bool().to(rows.device)]
+
+
+@contextlib.contextmanager
+def _unquantized(model: nn.Module) -> Iterator[None]:
+    """Run on the weights as they are; the basic pipeline (0.14) has schemes at work by now."""
+    at_work = [m for m in model.modules() if getattr(m, "quantization_enabled", False)]
+    for module in at_work:
+        disable_quantization(module)
+    try:
+        yield
+    finally:
+        for module in at_work:
+            enable_quantization(module)
+
+
+@contextlib.contextmanager
+def _without_pinning() -> Iterator[None]:
+    """Pin no memory where there is no accelerator; the host (0.14) fails there."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
+        yield
