@@ -74,6 +74,32 @@ def tiny_model(family: str, directory: Path, *, seed: int = 0, **changes: Any) -
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
+def uneven_model(
+    family: str, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
+    """Return a tiny model whose norms and biases are not the ones and zeros of a fresh one."""
+    tiny_model(family, directory, **changes)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        elif "bias" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the logits of 48 random tokens."""
+    return model(tokens(2, 24).to(model.device)).logits
+
+
+def change(after: torch.Tensor, before: torch.Tensor) -> float:
+    """Return the size of the difference relative to the size of ``before``."""
+    return ((after - before).norm() / before.norm()).item()
+
+
 def tokens(num_sequences: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Return ``[num_sequences, length]`` random token ids."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,10 +23,14 @@ from transformers.core_model_loading import WeightRenaming
 
 from moeq_plugin.integrations.llm_compressor.expert_names import linearized_rules, loading_rules
 
+_CACHE_SCALES = (".k_scale", ".v_scale")
+
 
 @torch.no_grad()
 def load_dequantized(directory: str | Path) -> PreTrainedModel:
     """Return the checkpoint's model with linear experts and plain weights, in its own dtype.
+
+    What is not a weight is not quantized in it: activations and the key-value cache.
 
     Args:
         directory: a checkpoint that ``save_pretrained`` or ``oneshot`` wrote.
@@ -55,11 +59,13 @@ def load_dequantized(directory: str | Path) -> PreTrainedModel:
             stored[name] = {k: plain[k] for k in ("weight", "bias") if k in plain}
     state = {f"{m}.{n}" if m else n: t for m, of in stored.items() for n, t in of.items()}
     result = model.load_state_dict(state, strict=False)
+    # of a quantized key-value cache, which has no place in a dequantized model
+    unexpected = [key for key in result.unexpected_keys if not key.endswith(_CACHE_SCALES)]
     missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", {}))
-    if missing or result.unexpected_keys:
+    if missing or unexpected:
         raise ValueError(
             f"{directory} does not fit its config: missing {sorted(missing)[:5]}, unexpected "
-            f"{result.unexpected_keys[:5]}, {len(missing)} and {len(result.unexpected_keys)} in all"
+            f"{unexpected[:5]}, {len(missing)} and {len(unexpected)} in all"
         )
     return model.eval()
 

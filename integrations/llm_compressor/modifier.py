@@ -22,7 +22,7 @@ from torch import nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.integrations.llm_compressor import preflight, ranks
+from moeq_plugin.integrations.llm_compressor import preflight, ranks, stacking
 from moeq_plugin.integrations.llm_compressor.allocating import AllocatingModifier
 from moeq_plugin.integrations.llm_compressor.calibration import (
     Calibration,
@@ -153,6 +153,7 @@ class MoEQuantModifier(AllocatingModifier):
         """
         model = state.model
         self._layers = find_moe_layers(model)
+        stacking.check_stack(self, model, self._layers)
         calib = state.data.calib
         preflight.check_data(calib, type(self).__name__, has_experts=bool(self._layers))
         self._writes_own_text = self._own_text = calib is None
@@ -160,7 +161,7 @@ class MoEQuantModifier(AllocatingModifier):
         # without data the host would refuse to go on, unless told that none is needed
         self.requires_calibration_data = calib is not None
         if self.work_dir is not None:
-            self._work = WorkDir(self.work_dir, self._identity(model))
+            self._work = WorkDir(self.work_dir, self._identity(model) | stacking.identity(self))
         preflight.check_running_output_dir()
         preflight.check_targets(model, self.resolved_targets)
         if not self._layers:
@@ -216,6 +217,8 @@ class MoEQuantModifier(AllocatingModifier):
         if self.awaits_allocation:
             self.measure_and_allocate(state, work and work.table)
             self._attach_schemes(state)
+        self._layers = find_moe_layers(state.model)  # a modifier before may have removed experts
+        stacking.rename(state.model, self._module_names, self._pending)
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
         self._undo.callback(padding.listen())
@@ -358,8 +361,7 @@ class MoEQuantModifier(AllocatingModifier):
                 )
 
     def _compress_stack(self, stack: list[Job]) -> None:
-        grid = grid_of(stack[0].args)
-        if grid is None:
+        if grid_of(stack[0].args) is None:
             self._compress_with_host(stack)
             return
         rounded = solve_stack(

@@ -77,6 +77,11 @@ class ResidualRotationModifier(Modifier):
                 "the embeddings were tied; rotated they differ by the weight of the last norm and "
                 "are saved apart (config.tie_word_embeddings is false now)"
             )
+        if getattr(model.config.get_text_config(), "num_mtp_layers", 0):
+            logger.warning(
+                "layers for multi-token prediction are not loaded and not rotated: they fit the "
+                "rotated model no longer, so leave speculative decoding with them off"
+            )
         rotation = random_rotation(
             stream.size, seed=self.seed, hadamard_of=lambda order: _hadamard(order, self.seed)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -30,6 +31,8 @@ from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.report.model_card import save_model_card
 from moeq_plugin.report.progress import Progress, tell
 from moeq_plugin.report.record import RunRecord, save_records
+
+_EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
 def prepare_saving(
@@ -82,6 +85,7 @@ def _write_on_save(
             save_pretrained(directory, *args, **kwargs)
             if not is_source_process():
                 return
+            _mend_config(model, directory)
             records = [record for record, _ in noted]
             save_records(records, directory)
             for _, save_more in noted:
@@ -91,3 +95,19 @@ def _write_on_save(
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
     model.save_pretrained = save
+
+
+def _mend_config(model: PreTrainedModel, directory: Path) -> None:
+    """Write the number of experts that a checkpoint has, where pruning has changed it.
+
+    The host (0.14) writes the source's ``config.json`` and carries changes over for the keys that
+    it knows; DeepSeek's ``n_routed_experts`` is not among them.
+    """
+    path = directory / "config.json"
+    written = json.loads(path.read_text())
+    text = written.get("text_config", written)
+    current = model.config.get_text_config().to_dict()
+    counts = {key: current[key] for key in _EXPERT_COUNTS if key in text and key in current}
+    if any(text[key] != count for key, count in counts.items()):
+        text.update(counts)
+        path.write_text(json.dumps(written, indent=2, sort_keys=True))

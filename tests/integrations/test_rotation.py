@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import FAMILIES, int4, oneshot, tiny_model, tokens
+from helpers import FAMILIES, change, int4, logits, oneshot, tiny_model, uneven_model
 
 pytest.importorskip("llmcompressor")
 
@@ -18,28 +18,6 @@ from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
 
 REPACKING_GPT_OSS = "llm-compressor 0.14 repacks gate and up of GPT-OSS as halves, not interleaved"
-
-
-def uneven_model(family, directory, dtype=torch.float32, **changes):
-    """Return a tiny model whose norms and biases are not the ones and zeros of a fresh one."""
-    tiny_model(family, directory, **changes)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-        elif "bias" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(tokens(2, 24)).logits
-
-
-def change(after, before):
-    return ((after - before).norm() / before.norm()).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
