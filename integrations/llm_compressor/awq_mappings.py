@@ -1,23 +1,23 @@
 """Which scales AWQ may move from one module's output into the inputs of the next, by structure.
 
-Every mapping is tried before it is used: scaling by powers of two is exact in floating point, so
-where a mapping is legal the module's output keeps every bit, and where it is not (a clamp, a
-bias behind the activation, a reader that was not found) it changes.
+Every mapping that can be tried by itself is tried before it is used (``awq_probes.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from moeq_plugin.integrations.llm_compressor.awq_probes import (
+    commutes,
+    reads_through,
+    scales_with_weight,
+)
 from moeq_plugin.integrations.llm_compressor.compression import weight_args
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
 
@@ -26,7 +26,6 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _BEHIND = {"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"}
 _HEAD_NORMS = ("q_norm", "k_norm")
 _MLP_CHILDREN = ("experts", "down_proj")
-_PROBE_MAGNITUDES = (1.0, 32.0, 1024.0)  # the largest reach every clamp
 
 
 @dataclass
@@ -137,7 +136,7 @@ def _map_attention(found: FoundMappings, decoder: _Decoder) -> None:
         if isinstance(child, nn.Linear) and n not in {*_BEHIND, "o_proj"}
     }
     known = {*readers, "o_proj", *_BEHIND, *_BEHIND.values(), *_HEAD_NORMS}
-    unknown = [n for n, child in children.items() if n not in known and any(child.parameters())]
+    unknown = [n for n, child in children.items() if n not in known and [*child.parameters()]]
     reason = f"{name}.{', '.join(unknown)} may read it too" if unknown else None
     _add_norm(found, norm_name, decoder.norms[0], name, attention, readers, reason)
     for linear, norm in _BEHIND.items():
@@ -178,15 +177,15 @@ def _map_mlp(found: FoundMappings, decoder: _Decoder, layer: MoELayer | None) ->
         others = {layer.router, layer.shared_gate}
         readers.update((n, child) for n, child in mlp.named_children() if child in others)
     reason = None
-    if not _reads_through(mlp, list(readers.values())):
+    if not reads_through(mlp, list(readers.values())):
         reason = f"{name} does more to its input than multiply it with {len(readers)} weights"
     _add_norm(found, norm_name, decoder.norms[1], name, mlp, readers, reason)
-    commutes: dict[type, bool] = {}  # the experts of a layer are all of one kind
+    is_linear: dict[type, bool] = {}  # the experts of a layer are all of one kind
     for n, part in mlps.items():
         kind = type(part)
-        if kind not in commutes:
-            commutes[kind] = _commutes(part)
-        if commutes[kind]:
+        if kind not in is_linear:
+            is_linear[kind] = commutes(part)
+        if is_linear[kind]:
             up_name, down_name = f"{n}.up_proj", f"{n}.down_proj"
             found.resolved.append(_single(up_name, part.up_proj, down_name, part.down_proj))
         else:
@@ -218,7 +217,7 @@ def _add_norm(
     reason: str | None = None,
 ) -> None:
     """Add a norm and all its readers, or say why not."""
-    if not _scales_with_weight(norm):
+    if not scales_with_weight(norm):
         reason = f"the output of {type(norm).__name__} is not proportional to its weight"
     elif any(reader.weight.shape[1] != len(norm.weight) for reader in readers.values()):
         reason = f"the widths of {', '.join(readers)} differ from the norm's"
@@ -235,69 +234,3 @@ def _add_norm(
             norm_name, norm, list(readers.values()), names, parent, parent_name, watched
         )
     )
-
-
-def _powers_of_two(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
-    exponents = torch.randint(-2, 3, (num_channels,), generator=torch.Generator().manual_seed(0))
-    return torch.ldexp(torch.ones(num_channels), exponents).to(weight)
-
-
-def _rows(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
-    rows = torch.randn(8, num_channels, generator=torch.Generator().manual_seed(1))
-    return rows.to(weight)
-
-
-def _scales_with_weight(norm: nn.Module) -> bool:
-    weight = norm.weight
-    assert isinstance(weight, torch.Tensor)  # that is what makes it a norm to us
-    factors, rows = _powers_of_two(weight, len(weight)), _rows(weight, len(weight))
-    expected = norm(rows) * factors
-    with _changed([(norm, "weight", weight * factors)]):
-        return torch.equal(norm(rows), expected) and getattr(norm, "bias", None) is None
-
-
-def _reads_through(block: nn.Module, readers: list[nn.Module]) -> bool:
-    """Tell whether these weights are all that an MLP or MoE block does to its input."""
-    weight = readers[0].weight
-    num_channels = weight.shape[1]
-    if any(reader.weight.shape[1] != num_channels for reader in readers):
-        return False
-    factors, rows = _powers_of_two(weight, num_channels), _rows(weight, num_channels)
-    expected = block(rows[None])
-    with _changed([(reader, "weight", reader.weight * factors) for reader in readers]):
-        return _same(block(rows[None] / factors), expected)
-
-
-def _commutes(mlp: nn.Module) -> bool:
-    """Tell whether scaling the rows of ``up_proj`` equals scaling the columns of ``down_proj``."""
-    up, down = mlp.up_proj, mlp.down_proj
-    factors = _powers_of_two(up.weight, len(up.weight))
-    rows = _rows(up.weight, up.weight.shape[1])
-    inputs = [rows * magnitude for magnitude in _PROBE_MAGNITUDES]
-    expected = [mlp(rows) for rows in inputs]
-    changes = [
-        (up, "weight", up.weight / factors[:, None]),
-        (down, "weight", down.weight * factors),
-    ]
-    if up.bias is not None:
-        changes.append((up, "bias", up.bias / factors))
-    with _changed(changes):
-        return all(_same(mlp(x), y) for x, y in zip(inputs, expected, strict=True))
-
-
-def _same(first: object, second: object) -> bool:
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
-
-
-@contextmanager
-def _changed(changes: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
-    """Put these values into parameters for a while."""
-    originals = [(module, name, getattr(module, name).clone()) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            update_offload_parameter(module, name, value)
-        yield
-    finally:
-        for module, name, value in originals:
-            update_offload_parameter(module, name, value)

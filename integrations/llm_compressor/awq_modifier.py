@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_offloading, update_offload_parameter
-from compressed_tensors.quantization import disable_quantization, enable_quantization
-from compressed_tensors.utils import patch_attr
+from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
@@ -20,10 +17,11 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_serializer, field_validator
 from torch import nn
 
-from moeq_plugin.core.awq import representative_inputs
-from moeq_plugin.core.clip import clip_weight
+from moeq_plugin.core.awq import mean_output_loss
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.awq_calibration import SmoothingCalibration
+from moeq_plugin.integrations.llm_compressor.awq_clipping import clip_linear, clippable
+from moeq_plugin.integrations.llm_compressor.awq_host import unquantized, without_pinning
 from moeq_plugin.integrations.llm_compressor.awq_mappings import (
     FoundMappings,
     find_mappings,
@@ -31,7 +29,7 @@ from moeq_plugin.integrations.llm_compressor.awq_mappings import (
 )
 from moeq_plugin.integrations.llm_compressor.awq_preflight import check_mappings, check_request
 from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
-from moeq_plugin.integrations.llm_compressor.compression import grid_of, guard, weight_args
+from moeq_plugin.integrations.llm_compressor.compression import guard
 from moeq_plugin.integrations.llm_compressor.environment import run_facts, versions
 from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
@@ -130,7 +128,7 @@ class MoEQuantAWQModifier(AWQModifier):
     _moments: dict[nn.Linear, _Moments] = PrivateAttr(default_factory=dict)
     _scales: dict[nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _clippable: set[nn.Module] = PrivateAttr(default_factory=set)
-    _judged: ResolvedMapping | None = PrivateAttr(default=None)
+    _judged: tuple[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -179,7 +177,7 @@ class MoEQuantAWQModifier(AWQModifier):
         prepare_saving(state.model, self._layers, self._record, lambda _directory: None)
         linears = [x for x in map(judged_alone, self._resolved_mappings) if x is not None]
         if self.clip:
-            self._clippable = set(_clippable(state.model))
+            self._clippable = set(clippable(state.model))
             linears += [x for x in self._clippable if x not in linears]
         self._calibration.attach(state.model, self._layers, linears, self.register_hook)
         self._calibration.watch(self._resolved_mappings, self.register_hook)
@@ -190,10 +188,10 @@ class MoEQuantAWQModifier(AWQModifier):
         calibration = self._calibration
         assert calibration is not None  # set in on_calibration_start
         calibration.check_finite(self._names)
-        with torch.no_grad(), disable_offloading(), _unquantized(state.model):
+        with torch.no_grad(), disable_offloading(), unquantized(state.model):
             self._guard_moments(calibration)
             wanted = self._hand_over(calibration)
-            with _without_pinning():
+            with without_pinning():
                 super().on_sequential_epoch_end(state, event, **kwargs)
             self._note_skipped(wanted)
             if self.clip:
@@ -270,23 +268,27 @@ class MoEQuantAWQModifier(AWQModifier):
                 continue
             stats = [magnitude.total, magnitude.count]
             if moments is not None and linear is not None:
-                rows = representative_inputs(moments.hessian, moments.weight_sum)
+                # the host wants an input to run and none is needed: the loss asks the moments
                 cache = IntermediatesCache(None, self.offload_device)
-                cache.append({"input": rows.to(linear.weight.dtype)})
+                cache.append({"input": torch.zeros_like(linear.weight[:1])})
                 self._parent_args_cache[linear] = cache
                 if moments.basis is not Basis.OWN:  # whose absolute values nobody has summed up
-                    stats = [rows.square().mean(0).sqrt(), torch.ones(())]
+                    squares = moments.hessian.diagonal() / (2 * moments.weight_sum)
+                    stats = [squares.sqrt(), torch.ones(())]
             self._smooth_activation_stats[mapping.smooth_name] = stats
         return list(self._smooth_activation_stats)
 
     def _compute_best_scale(
-        self, mapping: ResolvedMapping, *args: Any, **kwargs: Any
+        self,
+        mapping: ResolvedMapping,
+        fp16_outputs: list[torch.Tensor],
+        orig_layer_weights: dict[nn.Module, torch.Tensor],
     ) -> torch.Tensor:
         """Let the host search, and note what it found."""
-        self._judged = mapping
-        scales = super()._compute_best_scale(mapping, *args, **kwargs)
-        self._scales.update(dict.fromkeys(mapping.balance_layers, scales))
         linear = judged_alone(mapping)
+        self._judged = None if linear is None else (linear, orig_layer_weights[linear])
+        scales = super()._compute_best_scale(mapping, fp16_outputs, orig_layer_weights)
+        self._scales.update(dict.fromkeys(mapping.balance_layers, scales))
         moments = self._moments[linear] if linear is not None else None
         assert self._record is not None  # set in on_calibration_start
         self._record.smoothed[mapping.smooth_name] = {
@@ -302,10 +304,19 @@ class MoEQuantAWQModifier(AWQModifier):
     def _compute_loss(
         self, fp16_outputs: list[torch.Tensor], int_w_outputs: list[torch.Tensor]
     ) -> float:
-        """Return the host's mean squared error, of a block over the tokens that are no padding."""
-        assert self._judged is not None and self._padding is not None  # set before a search
+        """Return the mean squared change of outputs that the search is to make small.
+
+        Of a linear judged alone, over its tokens with their weights; of a block, the host's, over
+        all tokens that are no padding, in which combine weights act already.
+        """
+        if self._judged is not None:
+            linear, original = self._judged
+            moments = self._moments[linear]
+            change = linear.weight - original
+            return mean_output_loss(change, moments.hessian, moments.weight_sum)
+        assert self._padding is not None  # set in on_calibration_start
         masks = [batch.get("attention_mask") for batch in self._padding.batches] or self._masks
-        if judged_alone(self._judged) is None and masks:
+        if masks:
             fp16_outputs = list(map(_unpadded, fp16_outputs, masks))
             int_w_outputs = list(map(_unpadded, int_w_outputs, masks))
         return float(super()._compute_loss(fp16_outputs, int_w_outputs))
@@ -330,30 +341,10 @@ class MoEQuantAWQModifier(AWQModifier):
     def _clip_layer(self) -> None:
         assert self._record is not None  # set in on_calibration_start
         for linear, moments in self._moments.items():
-            args = weight_args(linear)
-            grid = grid_of(args) if args is not None else None
-            if grid is None or moments.basis is Basis.NONE or linear not in self._clippable:
-                continue
-            hessian = moments.hessian
-            scales = self._scales.get(linear)
-            if scales is not None:  # its inputs have shrunk by them since they were observed
-                scales = scales.to(hessian)
-                hessian = hessian / scales / scales[:, None]
-            clipped = clip_weight(linear.weight, hessian, grid)
-            update_offload_parameter(linear, "weight", clipped.weight)
-            before = clipped.loss_unclipped.sum().item()
-            if before > 0:
-                self._record.clipped[self._names[linear]] = clipped.loss.sum().item() / before
-
-
-def _clippable(model: nn.Module) -> Iterator[nn.Linear]:
-    """Yield quantized linears of MLPs, values and attention outputs."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            of_attention = hasattr(parent, "o_proj") and name in ("v_proj", "o_proj")
-            is_quantized = isinstance(child, nn.Linear) and weight_args(child) is not None
-            if is_quantized and (of_attention or hasattr(parent, "down_proj")):
-                yield child
+            if linear in self._clippable and moments.basis is not Basis.NONE:
+                share = clip_linear(linear, moments.hessian, self._scales.get(linear))
+                if share is not None:
+                    self._record.clipped[self._names[linear]] = share
 
 
 def _unpadded(outputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -361,26 +352,3 @@ def _unpadded(outputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None or mask.numel() != len(rows):
         return outputs
     return rows[mask.flatten().bool().to(rows.device)]
-
-
-@contextlib.contextmanager
-def _unquantized(model: nn.Module) -> Iterator[None]:
-    """Run on the weights as they are; the basic pipeline (0.14) has schemes at work by now."""
-    at_work = [m for m in model.modules() if getattr(m, "quantization_enabled", False)]
-    for module in at_work:
-        disable_quantization(module)
-    try:
-        yield
-    finally:
-        for module in at_work:
-            enable_quantization(module)
-
-
-@contextlib.contextmanager
-def _without_pinning() -> Iterator[None]:
-    """Pin no memory where there is no accelerator; the host (0.14) fails there."""
-    if torch.accelerator.is_available():
-        yield
-        return
-    with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
-        yield

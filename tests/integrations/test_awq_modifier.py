@@ -114,11 +114,16 @@ def weighted_loss(change, inputs, token_weights):
     return (token_weights * (inputs @ change.double().T).square().sum(1)).sum().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_smoothing_leaves_the_model_as_it_was(family, tmp_path):
-    model, original = (uneven_model(family, tmp_path) for _ in range(2))
+@pytest.fixture(scope="module", params=FAMILIES)
+def smoothed(request, tmp_path_factory):
+    """Return a family's name, its model as it was, smoothed, and the record of that."""
+    directory = tmp_path_factory.mktemp(request.param)
+    original, model = (uneven_model(request.param, directory) for _ in range(2))
+    return request.param, original, model, smooth(model)
 
-    record = smooth(model)
+
+def test_smoothing_leaves_the_model_as_it_was(smoothed):
+    _, original, model, record = smoothed
 
     ids = tokens(2, 32, seed=3)
     ours, theirs = model(ids).logits, original(ids).logits
@@ -131,10 +136,8 @@ def test_smoothing_leaves_the_model_as_it_was(family, tmp_path):
         assert any((a / b - 1).abs().max() > 0.01 for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_block_reads_is_judged_whole_and_an_experts_linear_alone(family, tmp_path):
-    model = tiny_model(family, tmp_path)
-    record = smooth(model)
+def test_what_a_block_reads_is_judged_whole_and_an_experts_linear_alone(smoothed):
+    family, _, model, record = smoothed
 
     (layer, *_) = find_moe_layers(model)
     norm = layer.name.replace("mlp", "post_attention_layernorm")
@@ -250,8 +253,8 @@ def test_no_power_changes_what_is_judged_by_a_whole_block(family, tmp_path):
     depth = 2 if "deepseek" in family else 1
     first, second = (tiny_model(family, tmp_path, num_hidden_layers=depth) for _ in range(2))
 
-    first_record = smooth(first, affinity_power=0, n_grid=20, min_effective_tokens=0)
-    second_record = smooth(second, affinity_power=8, n_grid=20, min_effective_tokens=0)
+    first_record = smooth(first, affinity_power=0, min_effective_tokens=0)
+    second_record = smooth(second, affinity_power=8, min_effective_tokens=0)
 
     last = f"model.layers.{depth - 1}"
     for norm in ("input_layernorm", "post_attention_layernorm"):
