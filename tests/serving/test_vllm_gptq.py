@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from test_vllm import VLLM_PYTHON, job, quantized_checkpoint, random_ids, run_probe
+from test_vllm import VLLM_PYTHON, job, run_probe
+from vllm_checkpoints import quantized_checkpoint, random_ids
 
 pytestmark = [
     pytest.mark.vllm,
