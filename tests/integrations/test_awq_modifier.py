@@ -269,7 +269,7 @@ def test_no_power_changes_what_is_judged_by_a_whole_block(family, tmp_path):
     weighted = [n for n, of in second_record.smoothed.items() if of["weighted"]]
     assert bool(weighted) == (family != "gpt_oss")
     differ = [losses[0][n] != pytest.approx(losses[1][n], rel=1e-2) for n in weighted]
-    assert sum(differ) >= 0.8 * len(differ)
+    assert sum(differ) >= len(differ) / 2  # an expert that all tokens weight alike may not differ
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
