@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.compression import weight_args
@@ -45,6 +46,18 @@ def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:
     args = [a for layer in layers for a in map(weight_args, expert_linears(layer)) if a]
     if any(not a.symmetric for a in args):
         limits.append(f"{_PLAIN} does not read zero points of experts and fails. {_WAY_OUT}")
+    if any(a.strategy == QuantizationStrategy.TENSOR_GROUP for a in args):
+        limits.append(
+            f"{_PLAIN} does not read the second scale of NVFP4 experts and loads other numbers, "
+            f"silently. {_WAY_OUT}"
+        )
+    if any(
+        a.type == QuantizationType.FLOAT
+        and a.num_bits == 8
+        and a.strategy == QuantizationStrategy.GROUP
+        for a in args
+    ):
+        limits.append(f"{_PLAIN} does not read MXFP8 experts and fails. {_WAY_OUT}")
     if any(_has_activations(linear) for layer in layers for linear in expert_linears(layer)):
         limits.append(
             f"{_PLAIN} reads experts only if their weights alone are quantized. {_WAY_OUT}"

@@ -142,15 +142,15 @@ def _check_complete(model: nn.Module, stream: ResidualStream, inside: list[nn.Mo
     Raises:
         UnsupportedModelError: naming the first ten parameters.
     """
-    readers = [reader for read in stream.reads for reader in read.readers]
-    known = {stream.embedding, *(read.norm for read in stream.reads)}
-    known |= {*readers, *stream.writers, *inside}
+    readers = {reader for read in stream.reads for reader in read.readers}
+    writers = set(stream.writers)
+    known = {stream.embedding, *(read.norm for read in stream.reads), *readers, *writers, *inside}
     unknown = [name for name, _ in _parameters_outside(model, known)]
     wrong = [
         name
         for name, module in model.named_modules()
-        if (module in readers and module.weight.shape[1] != stream.size)
-        or (module in stream.writers and module.weight.shape[0] != stream.size)
+        if (module in readers and getattr(module, "in_features", stream.size) != stream.size)
+        or (module in writers and getattr(module, "out_features", stream.size) != stream.size)
     ]
     if unknown or wrong or not stream.writers:
         raise UnsupportedModelError(

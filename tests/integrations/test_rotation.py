@@ -8,14 +8,17 @@ from helpers import FAMILIES, change, int4, logits, oneshot, tiny_model, uneven_
 
 pytest.importorskip("llmcompressor")
 
+from compressed_tensors.offload import OffloadCache, set_onload_device
 from llmcompressor.modeling.moe.linearize import linearize_moe, repack_moe
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import SpinQuantModifier
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
+from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier, rotation
 from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
+from moeq_plugin.models.residual import find_residual_stream
 
 REPACKING_GPT_OSS = "llm-compressor 0.14 repacks gate and up of GPT-OSS as halves, not interleaved"
 
@@ -133,10 +136,23 @@ def test_a_yaml_recipe_and_no_data(tmp_path):
     assert change(logits(model), before) < 1e-4
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_offloaded_weights(tied, tmp_path):
+    model = uneven_model("deepseek_v3", tmp_path, tie_word_embeddings=tied)
+    before = logits(model)
+    linearize_moe(model)
+    set_onload_device(model, torch.device("cpu"))
+    assert isinstance(model.lm_head._parameters, OffloadCache)
+
+    oneshot(model, ResidualRotationModifier())
+
+    assert change(logits(model), before) < 1e-4
+
+
 class TestRefuses:
     def test_a_rotation_after_the_quantizer(self, tmp_path):
         model = tiny_model("qwen3_moe", tmp_path)
-        recipe = [MoEQuantModifier(config_groups=int4(16)), ResidualRotationModifier()]
+        recipe = [GPTQModifier(config_groups=int4(16)), ResidualRotationModifier()]
 
         with pytest.raises(ValueError, match="Put it first in the recipe"):
             oneshot(model, recipe)
@@ -171,8 +187,25 @@ class TestRefuses:
         with pytest.raises(ValueError, match="changed its logits by .* Load it again"):
             oneshot(model, ResidualRotationModifier())
 
-    def test_fused_experts(self, tmp_path):
-        from moeq_plugin.models.residual import find_residual_stream
+    def test_a_projection_of_another_size(self, tmp_path):
+        model = tiny_model("qwen3_moe", tmp_path)
+        model.model.layers[0].self_attn.o_proj = torch.nn.Linear(64, 32)
 
+        with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn\.o_proj"):
+            oneshot(model, ResidualRotationModifier())
+
+    def test_a_model_without_an_output_embedding(self, tmp_path):
+        model = tiny_model("qwen3_moe", tmp_path)
+
+        with pytest.raises(UnsupportedModelError, match="needs a causal language model"):
+            find_residual_stream(model.model)
+
+    def test_several_processes(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(rotation, "is_distributed", lambda: True)
+
+        with pytest.raises(ValueError, match="rotate in one process, save"):
+            oneshot(tiny_model("qwen3_moe", tmp_path), ResidualRotationModifier())
+
+    def test_fused_experts(self, tmp_path):
         with pytest.raises(UnsupportedModelError, match="linearize the model first"):
             find_residual_stream(tiny_model("mixtral", tmp_path))

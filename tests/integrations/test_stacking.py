@@ -112,6 +112,27 @@ def test_schemes(scheme, before, tmp_path):
     assert change(logits(load_dequantized(tmp_path / "saved")), weights_only) <= tolerance
 
 
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [("NVFP4A16", "other numbers, silently"), ("MXFP8A16", "MXFP8 experts and fails")],
+)
+def test_experts_that_plain_transformers_misreads(scheme, message, tmp_path):
+    model = source("qwen3_moe", tmp_path / "source", dtype=torch.bfloat16)
+    modifier = MoEQuantModifier(scheme=scheme)
+    oneshot(model, modifier)
+    in_memory = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+
+    assert any(message in limit for limit in modifier._record.limits)
+    assert torch.equal(logits(load_dequantized(tmp_path / "saved")), in_memory)
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    except RuntimeError:
+        assert "fails" in message
+    else:
+        assert change(logits(plain), in_memory) > 0.5
+
+
 class TestRefuses:
     def refuse(self, family, directory, recipe, message, **arguments):
         model = tiny_model(family, directory)
@@ -139,7 +160,13 @@ class TestRefuses:
         self.refuse("olmoe", tmp_path, recipe, "found nothing to smooth")
 
     @pytest.mark.parametrize(
-        "other", [REAPPruningModifier(sparsity=0.5), SmoothQuantModifier(), SpinQuantModifier()]
+        "other",
+        [
+            REAPPruningModifier(sparsity=0.5),
+            SmoothQuantModifier(),
+            SpinQuantModifier(),
+            ResidualRotationModifier(),
+        ],  # fmt: skip
     )
     def test_a_modifier_that_would_change_quantized_weights(self, other, tmp_path):
         recipe = [MoEQuantModifier(config_groups=int4(16)), other]
