@@ -36,6 +36,7 @@ def main() -> None:
             "domains": domains,
             "solver": solver,
         },
+        "docs/scaling.md": {"measured": scaled, "memory": layer_memory, "time": layer_time},
     }
     stale = []
     for name, tables in pages.items():
@@ -205,6 +206,68 @@ def domains() -> str:
             for of, base in zip(found, uniform, strict=True)
         )
         lines.append(f"| {budget:g} | {method} | {mean:.4f} | {worst:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def scaled() -> str:
+    """Return what one layer was predicted to take and took: medians, and the ratio of each run."""
+    runs = json.loads((RESULTS / "scaling.json").read_text())["runs"]
+    lines = [
+        "| layer | tokens | | predicted | measured | predicted / measured, each run |",
+        "|---" * 6 + "|",
+    ]
+    rows = {"passes, CPU s": "passes_s", "solve, CPU s": "solve_s", "both, CPU s": "cpu_s"}
+    for layer in dict.fromkeys(r["layer"] for r in runs):
+        found = [r for r in runs if r["layer"] == layer]
+        tokens = f"{found[0]['sequences']} x {found[0]['length']}"
+        for name, key in {**rows, "peak above loading, MB": "bytes"}.items():
+            unit = 1e6 if key == "bytes" else 1
+            predicted, measured = (
+                statistics.median(r[kind][key] / unit for r in found)
+                for kind in ("predicted", "measured")
+            )
+            ratios = [f"{r['predicted'][key] / r['measured'][key]:.2f}" for r in found]
+            lines.append(
+                f"| {layer} | {tokens} | {name} | {predicted:.0f} | {measured:.0f} "
+                f"| {', '.join(ratios)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def layer_memory() -> str:
+    """Return the predicted memory of one layer of whole models, in gigabytes."""
+    lines = [
+        "| GB | weights | second moments | token sample | activations | solver, CPU | peak, CPU "
+        "| solver, GPU | peak, GPU |",
+        "|---" * 9 + "|",
+    ]
+    for model in json.loads((RESULTS / "scaling.json").read_text())["models"]:
+        cpu, gpu = model["cpu_memory"], model["gpu_memory"]
+        parts = [cpu[key] for key in ("weights", "moments", "sample", "activations", "solver")]
+        cells = [*parts, cpu["peak"], gpu["solver"], gpu["peak"]]
+        lines.append(f"| {model['model']} | " + " | ".join(f"{c / 1e9:.1f}" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def layer_time() -> str:
+    """Return the predicted time of one layer of whole models and of all layers."""
+    lines = [
+        "| model | on | forward, s | moments, s | factor, s | update, s | rounding, s "
+        "| one layer | layers | all layers |",
+        "|---" * 10 + "|",
+    ]
+    for model in json.loads((RESULTS / "scaling.json").read_text())["models"]:
+        dense = f" + {model['dense_layers']} dense" if model["dense_layers"] else ""
+        for device, unit, in_hours in (("one CPU core", " h", 3600), ("GPU, assumed", " s", 1)):
+            key = "cpu" if "CPU" in device else "gpu"
+            parts, whole = model[f"{key}_layer_s"], model[f"{key}_model_s"]
+            form = ",.0f" if key == "cpu" else ".1f"
+            total = f"{whole / 86400:.0f} days" if key == "cpu" else f"{whole / 60:.1f} min"
+            cells = " | ".join(f"{part:{form}}" for part in parts.values())
+            lines.append(
+                f"| {model['model']} | {device} | {cells} | {sum(parts.values()) / in_hours:.1f}"
+                f"{unit} | {model['layers']}{dense} | {total} |"
+            )
     return "\n".join(lines) + "\n"
 
 
