@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.distributed import is_distributed
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import State
 from llmcompressor.modifiers.gptq import GPTQModifier
 from pydantic import Field, PrivateAttr
@@ -82,11 +82,6 @@ class AllocatingModifier(GPTQModifier):
         if self.allocation is not None:
             self._allocator.use(Allocation.load(self.allocation))
             return True
-        if is_distributed() and not isinstance(self.sensitivity, str):
-            raise ValueError(
-                "sensitivities are measured by one process: measure them with `moeq plan "
-                "--sensitivity FILE` first and pass sensitivity=FILE"
-            )
         self._allocator.check_budget(self._budget())
         if isinstance(self.sensitivity, str):
             self._solve(SensitivityTable.load(self.sensitivity))
@@ -109,7 +104,7 @@ class AllocatingModifier(GPTQModifier):
             self._solve(SensitivityTable.load(kept))
             return
         table = measure_sensitivity(self.sensitivity_modifier(self.sensitivity), state)
-        if kept is not None:
+        if kept is not None and is_source_process():
             write_whole(kept, table.save)
         self._solve(table)
 

@@ -8,6 +8,7 @@ column ``domain`` of the data set, where there is one, tells kinds of text apart
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +25,18 @@ class Part:
         watch: knows the batches.
         half: 0 or 1; every other sequence of a domain.
         domain: value of the column ``domain``, ``None`` for all.
+        before: sequences of each domain that other ranks have, before this one's.
     """
 
-    def __init__(self, watch: PaddingWatch, half: int, domain: int | None = None) -> None:
+    def __init__(
+        self,
+        watch: PaddingWatch,
+        half: int,
+        domain: int | None = None,
+        before: Mapping[int, int] | None = None,
+    ) -> None:
         self._watch, self._half, self._domain = watch, half, domain
+        self._before = before or {}
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pass on the arguments of the whole model."""
@@ -45,7 +54,7 @@ class Part:
 
     @cached_property
     def _kept(self) -> list[torch.Tensor]:
-        seen: Counter[int] = Counter()
+        seen = Counter(self._before)
         kept = []
         for batch in self._watch.batches:
             ids = batch["input_ids"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,36 @@ def gather(ours: Any) -> list[Any]:
     parts: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(parts, ours)
     return parts
+
+
+def over_ranks(ours: Counter[int]) -> tuple[Counter[int], Counter[int]]:
+    """Return the sum of what the ranks before this one count, and of what all do."""
+    parts = gather(ours)
+    rank = distributed.get_rank() if is_distributed() else 0
+    return sum(parts[:rank], Counter()), sum(parts, Counter())
+
+
+def give_to_all(
+    tensors: dict[nn.Linear, list[torch.Tensor]],
+    owners: Mapping[str, int],
+    modules: Mapping[str, nn.Linear],
+    count: Callable[[nn.Linear], int],
+) -> None:
+    """Give every rank the tensors that each has of its own linears.
+
+    Args:
+        tensors: of this rank's linears, shaped like their weights; filled in place.
+        owners: which rank has those of each linear.
+        modules: the linears by name.
+        count: how many there are of a linear.
+    """
+    for name, owner in sorted(owners.items()):
+        linear = modules[name]
+        ours = tensors.setdefault(
+            linear, [torch.empty_like(linear.weight) for _ in range(count(linear))]
+        )
+        for tensor in ours:
+            distributed.broadcast(tensor, src=owner)
 
 
 def own_part(items: Iterable[Any]) -> list[Any]:

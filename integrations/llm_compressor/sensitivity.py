@@ -10,33 +10,28 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from loguru import logger
 from pydantic import Field, PrivateAttr
-from torch import nn
+from torch import distributed, nn
 
 from moeq_plugin.core.sensitivity import LayerInteraction, SensitivityTable
+from moeq_plugin.integrations.llm_compressor import ranks
 from moeq_plugin.integrations.llm_compressor.calibration import (
     Calibration,
     Observation,
     run_routed_tokens_only,
 )
-from moeq_plugin.integrations.llm_compressor.compression import (
-    Job,
-    guard,
-    solve_stack,
-    stacks,
-    weight_args,
-)
+from moeq_plugin.integrations.llm_compressor.compression import Job, guard
 from moeq_plugin.integrations.llm_compressor.interactions import measure_interaction
 from moeq_plugin.integrations.llm_compressor.limits import expert_linears
 from moeq_plugin.integrations.llm_compressor.options import DEFAULT_OPTIONS, Option, parse_options
@@ -44,6 +39,7 @@ from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.parts import Part, domains_of
 from moeq_plugin.integrations.llm_compressor.rows import check_fit, other_bytes, target_linears
 from moeq_plugin.integrations.llm_compressor.scoring import LayerScores
+from moeq_plugin.integrations.llm_compressor.trial_rounding import trial_rounding
 from moeq_plugin.models.gradients import OutputGradients
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.models.units import unit_labels
@@ -137,7 +133,7 @@ class SensitivityModifier(Modifier):
     _losses: dict[str, np.ndarray] = PrivateAttr(default_factory=dict)
     _row_weights: dict[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
-    _undercovered: list[str] = PrivateAttr(default_factory=list)
+    _undercovered: set[str] = PrivateAttr(default_factory=set)
     _interactions: dict[str, LayerInteraction] = PrivateAttr(default_factory=dict)
     _expert_linears: set[nn.Linear] = PrivateAttr(default_factory=set)
     _domains: tuple[str, ...] = PrivateAttr(default=())
@@ -169,25 +165,19 @@ class SensitivityModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Measure gradients, then register the hooks that accumulate second moments."""
-        counts = Counter(d for batch in state.data.calib for d in domains_of(batch))
+        ours = Counter(d for batch in state.data.calib for d in domains_of(batch))
+        before, counts = ranks.over_ranks(ours)
         self._domains = self._names_of_domains(counts)
         run_routed_tokens_only(self._undo)
         tell(layer_progress("measure", (), self._names.values()))
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
-            gradients = OutputGradients(self._names, self._layers)
-            gradients.measure(
-                state.model,
-                state.data.calib,
-                max_tokens=self.config.gradient_tokens,
-                router_weight=self.config.router_weight,
-                seed=self.seed,
-            )
-            self._row_weights = gradients.row_weights()
+            self._row_weights = self._gradients(state).row_weights()
         watch = PaddingWatch(state)
         self._undo.callback(watch.listen())
-        self._rounding = self._calibration(Part(watch, half=0), self.affinity_power)
-        parts = [Part(watch, half=1, domain=domain) for domain in sorted(counts)]
+        rounding = Part(watch, half=0, before=before)
+        self._rounding = self._calibration(rounding, self.affinity_power)
+        parts = [Part(watch, half=1, domain=domain, before=before) for domain in sorted(counts)]
         self._judging = [(part, self._calibration(part, 2.0)) for part in parts]
         for calibration in (self._rounding, *(c for _, c in self._judging)):
             calibration.attach(state.model, self._layers, list(self._names), self.register_hook)
@@ -198,15 +188,19 @@ class SensitivityModifier(Modifier):
         """Round and judge the linears that were called since the last layer."""
         rounding = self._rounding
         assert rounding is not None  # the host calls on_calibration_start first
+        owners = self._share_out(rounding) if is_distributed() else None
         with torch.no_grad(), disable_offloading():
             jobs = [self._guard(observation) for observation in rounding.observations.values()]
-            self._undercovered += [
+            self._undercovered |= {
                 self._names[linear]
                 for job in jobs
                 for linear in job.linears
                 if job.effective_tokens < self.config.undercovered_tokens
-            ]
-            self._measure_interactions(self._judge(jobs))
+            }
+            rounded = self._judge(jobs)
+            if owners is not None:
+                self._exchange(owners, rounded)
+            self._measure_interactions(rounded)
         for calibration in (rounding, *(c for _, c in self._judging)):
             calibration.clear_layer()
         pending = [name for name in self._names.values() if name not in self._losses]
@@ -239,16 +233,63 @@ class SensitivityModifier(Modifier):
             num_weights=np.array([m.weight.numel() for m in self._names]),
             units=unit_labels(names, self._layers, dict(state.model.named_modules())),
             fixed_bytes=other_bytes(state.model, self._names),
-            undercovered=tuple(self._undercovered),
+            undercovered=tuple(name for name in names if name in self._undercovered),
             interactions=self._interactions,
         )
         self._undo.close()
         self.remove_hooks()
 
+    def _gradients(self, state: State) -> OutputGradients:
+        """Run the backward passes; with several ranks, each those of its own batches."""
+        seen = sum(
+            int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+            for batch in state.data.calib
+        )
+        before, _ = ranks.over_ranks(Counter({0: seen}))
+        gradients = OutputGradients(self._names, self._layers)
+        gradients.measure(
+            state.model,
+            state.data.calib,
+            max_tokens=self.config.gradient_tokens,
+            tokens_before=before[0],
+            router_weight=self.config.router_weight,
+            seed=self.seed,
+        )
+        if is_distributed():
+            gradients.sum_over_processes(distributed.all_reduce)
+        return gradients
+
+    def _share_out(self, rounding: Calibration) -> dict[str, int]:
+        """Add up what all ranks have seen; return which of them judges each linear."""
+        for calibration in (rounding, *(c for _, c in self._judging)):
+            ranks.sum_over_ranks(calibration, self._names)
+        return ranks.keep_own_share(rounding, self._names)
+
+    def _exchange(
+        self, owners: Mapping[str, int], rounded: dict[nn.Linear, list[torch.Tensor]]
+    ) -> None:
+        """Give every rank what each has judged."""
+        ours = {
+            name: self._losses[name]
+            for name, owner in owners.items()
+            if owner == distributed.get_rank()
+        }
+        for losses, undercovered in ranks.gather((ours, self._undercovered)):
+            self._losses |= losses
+            self._undercovered |= undercovered
+        in_experts = self._expert_linears if self.config.interactions else set()
+        modules = {name: linear for linear, name in self._names.items() if linear in in_experts}
+        ranks.give_to_all(
+            rounded,
+            {name: owner for name, owner in owners.items() if name in modules},
+            modules,
+            lambda linear: sum(o.scheme is not None and o.fits(linear) for o in self._options),
+        )
+
     def _judge(self, jobs: list[Job]) -> dict[nn.Linear, list[torch.Tensor]]:
         """Fill in the losses of a layer; return the weights of experts at every option."""
         scores = [
-            LayerScores(judging, part.num_tokens, self._names, self._row_weights)
+            LayerScores(judging, sum(ranks.gather(part.num_tokens)), self._names, self._row_weights)
             for part, judging in self._judging
         ]
         called = [linear for job in jobs for linear in job.linears]
@@ -261,7 +302,12 @@ class SensitivityModifier(Modifier):
                 for linear in called:
                     self._losses[self._names[linear]][:, index] = 0.0
                 continue
-            for linear, difference in self._differences(option, jobs):
+            for linear, difference in trial_rounding(
+                option,
+                jobs,
+                block_size=self.block_size,
+                dampening_frac=self.dampening_frac or 0.0,
+            ):
                 losses = [score.loss(linear, difference, option) for score in scores]
                 self._losses[self._names[linear]][:, index] = losses
                 if linear in in_experts:
@@ -300,26 +346,6 @@ class SensitivityModifier(Modifier):
         effective_tokens = observation.moments.effective_tokens
         return Job(observation.linears, None, hessian, weight_sum, basis, effective_tokens)
 
-    def _differences(
-        self, option: Option, jobs: list[Job]
-    ) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
-        """Yield what rounding to an option changes of each linear that it fits."""
-        fitting = [[linear for linear in job.linears if option.fits(linear)] for job in jobs]
-        with _attached([linear for linears in fitting for linear in linears], option):
-            of_option = [
-                replace(job, linears=linears, args=weight_args(linears[0]))
-                for job, linears in zip(jobs, fitting, strict=True)
-                if linears
-            ]
-            for stack in stacks(of_option, None):
-                rounded = solve_stack(
-                    stack, block_size=self.block_size, dampening_frac=self.dampening_frac or 0.0
-                )
-                for job, of_job in zip(stack, rounded, strict=True):
-                    parts = of_job.weight.split([len(linear.weight) for linear in job.linears])
-                    for linear, weight in zip(job.linears, parts, strict=True):
-                        yield linear, weight.float() - linear.weight.float()
-
     def _names_of_domains(self, counts: Counter[int]) -> tuple[str, ...]:
         """Return the names of the domains that there are.
 
@@ -339,17 +365,3 @@ class SensitivityModifier(Modifier):
                 f"{list(names)}, got {sorted(counts)}"
             )
         return tuple(names[domain] for domain in sorted(counts))
-
-
-@contextlib.contextmanager
-def _attached(linears: list[nn.Linear], option: Option) -> Iterator[None]:
-    """Attach a scheme and weight observers that have seen their weights, and take them off."""
-    for linear in linears:
-        linear.quantization_scheme = option.scheme
-        initialize_observer(linear, "weight")
-        observe(linear, "weight")
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.quantization_scheme, linear.weight_observer

@@ -8,7 +8,8 @@ own tokens instead would measure how wrong the model is, not how sure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,6 +47,7 @@ class OutputGradients:
         batches: Iterable[Mapping[str, torch.Tensor]],
         *,
         max_tokens: int,
+        tokens_before: int = 0,
         router_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -55,13 +57,13 @@ class OutputGradients:
             model: a causal language model whose experts run on routed tokens only.
             batches: ``input_ids`` and maybe ``attention_mask``, ``[batch, sequence]``.
             max_tokens: the batch that reaches this many is the last.
+            tokens_before: how many of them other processes see in batches before these.
             router_weight: what a nat of KL divergence of a router's choice counts, in nats of
                 the prediction. The gradient then runs through all later routers too and keeps
                 errors out of directions that make tokens change experts.
-            seed: of the tokens that are drawn.
+            seed: of the tokens that are drawn; a sequence draws the same in any batch.
         """
         device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         with ExitStack() as undo, torch.enable_grad():
             for parameter in parameters:  # only activations need gradients
@@ -69,19 +71,34 @@ class OutputGradients:
             undo.callback(lambda: [p.requires_grad_() for p in parameters])
             router_inputs = self._listen(model, undo)
             for batch in batches:
+                if tokens_before + self.num_tokens >= max_tokens:
+                    break
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
                 self._keep = mask.flatten()
+                chances = _chances([row[kept] for row, kept in zip(ids, mask, strict=True)], seed)
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = _surprise(logits.flatten(0, -2)[self._keep], generator)
+                loss = _surprise(logits.flatten(0, -2)[self._keep], next(chances))
                 if router_weight:
-                    of_routers = self._router_surprise(router_inputs, generator)
+                    of_routers = self._router_surprise(router_inputs, chances)
                     loss = loss + router_weight**0.5 * of_routers
                 loss.backward()
                 router_inputs.clear()
                 self.num_tokens += int(mask.sum())
-                if self.num_tokens >= max_tokens:
-                    break
+
+    def sum_over_processes(self, add_up: Callable[[torch.Tensor], object]) -> None:
+        """Become what all processes have measured together.
+
+        Args:
+            add_up: sums a tensor over processes, in place.
+        """
+        squares = list(self._squares.values())
+        counts = squares[0].new_tensor([self.num_tokens, *self._weights.values()])
+        for tensor in (counts, *squares):
+            add_up(tensor)
+        num_tokens, *weights = counts.tolist()
+        self.num_tokens = int(num_tokens)
+        self._weights = dict(zip(self._weights, weights, strict=True))
 
     def row_weights(self) -> dict[nn.Linear, torch.Tensor]:
         """Return for each linear ``[out]`` float64: mean squared gradient per unit of weight.
@@ -168,19 +185,46 @@ class OutputGradients:
                 self._weights[module] += weight
 
     def _router_surprise(
-        self, router_inputs: list[tuple[nn.Module, torch.Tensor]], generator: torch.Generator
+        self, router_inputs: list[tuple[nn.Module, torch.Tensor]], chances: Iterator[torch.Tensor]
     ) -> torch.Tensor:
         losses = []
         for router, inputs in router_inputs:
             weight, bias = router.weight, getattr(router, "bias", None)
             assert isinstance(weight, torch.Tensor)  # every router scores with one matrix
             scores = nn.functional.linear(inputs.flatten(0, -2), weight.to(inputs.dtype), bias)
-            losses.append(_surprise(scores[self._keep], generator))
+            losses.append(_surprise(scores[self._keep], next(chances)))
         return torch.stack(losses).sum()
 
 
-def _surprise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return minus the log-likelihood, summed, of one draw per row of ``[tokens, classes]``."""
+def _chances(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    """Yield uniform numbers for all tokens of a batch, again and again: ``[tokens]``.
+
+    They depend on the sequence and not on its batch, so that processes that form other batches of
+    the same data draw the same.
+    """
+    seeds = [random.Random(f"{seed}/{row.tolist()}").getrandbits(63) for row in rows]
+    generators = [
+        torch.Generator(row.device).manual_seed(of_row)
+        for row, of_row in zip(rows, seeds, strict=True)
+    ]
+    while True:
+        yield torch.cat(
+            [
+                torch.rand(len(row), generator=generator, device=row.device)
+                for row, generator in zip(rows, generators, strict=True)
+            ]
+        )
+
+
+def _surprise(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Return minus the log-likelihood, summed, of one draw per row of ``[tokens, classes]``.
+
+    Args:
+        logits: of the classes.
+        chance: ``[tokens]``, uniform in [0, 1), decides the draws.
+    """
     log_probs = logits.float().log_softmax(-1)
-    drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+    cumulative = log_probs.detach().exp().cumsum(-1)
+    threshold = chance.to(cumulative)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
     return -log_probs.gather(1, drawn).sum()

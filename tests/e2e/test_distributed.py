@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from helpers import NoProcessor, dataset, int4, tiny_model
@@ -15,7 +16,7 @@ pytest.importorskip("llmcompressor")
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
-from moeq_plugin import MoEQuantModifier
+from moeq_plugin import MoEQuantModifier, SensitivityTable
 from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
 
 
@@ -159,8 +160,28 @@ def test_the_same_data_on_every_rank_are_refused(tmp_path):
         run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", shared=True)
 
 
-def test_a_budget_is_not_measured_on_ranks(tmp_path):
+def test_ranks_measure_the_sensitivities_that_one_process_measures(tmp_path):
+    """With tokens enough that no expert borrows: ranks draw other samples to borrow from."""
     tiny_model("qwen3_moe", tmp_path / "model")
-    wish = {"config_groups": None, "bits_per_weight": 5.0, "options": ["W4A16_G32", "W8A16_G32"]}
-    with pytest.raises(multiprocessing.ProcessRaisedException, match="by one process"):
-        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", **wish)
+    wish = {
+        "config_groups": None,
+        "bits_per_weight": 6.6,
+        "target": "expert",
+        "options": ["W4A16_G32", "W8A16_G32", "UNQUANTIZED"],
+        "host": {"batch_size": 4},
+        "data": dataset(64, 64),
+    }
+    run(tmp_path / "model", tmp_path / "one", **wish)
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **wish)
+    ours, theirs = (
+        SensitivityTable.load(tmp_path / name / "moeq_sensitivity.json") for name in ("many", "one")
+    )
+    assert ours.rows == theirs.rows
+    assert ours.undercovered == theirs.undercovered
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-2)
+    choices = [
+        json.loads((tmp_path / name / "moeq_allocation.json").read_text())["choice"]
+        for name in ("many", "one")
+    ]
+    assert choices[0] == choices[1]
+    assert len(set(choices[0].values())) > 1

@@ -21,10 +21,11 @@ def model(tmp_path):
     return model.eval()
 
 
-def gradients(model, batches, **options):
+def gradients(model, batches, *, seeds=(0,), **options):
     names = {m: n for n, m in model.named_modules() if type(m) is torch.nn.Linear}
     found = OutputGradients(names, find_moe_layers(model))
-    found.measure(model, batches, **{"max_tokens": 10**9, **options})
+    for seed in seeds:
+        found.measure(model, batches, seed=seed, **{"max_tokens": 10**9, **options})
     return {names[m]: weights for m, weights in found.row_weights().items()}
 
 
@@ -49,7 +50,7 @@ def test_a_small_change_of_one_output_costs_what_the_gradients_say(name, model):
     The estimate is a mean over drawn tokens: 64 draws of 64 tokens leave about 10 % of noise.
     """
     ids = tokens(2, 32, seed=1)
-    weights = gradients(model, [{"input_ids": ids}] * 64)[name]
+    weights = gradients(model, [{"input_ids": ids}], seeds=range(64))[name]
     row = int(weights.argmax())
     caught = []
     linear = model.get_submodule(name)
@@ -96,6 +97,18 @@ def test_padding_does_not_count(model):
     # the same tokens are drawn: padded positions are left out before drawing
     for name, weights in plain.items():
         torch.testing.assert_close(with_padding[name], weights, rtol=1e-4, atol=1e-9)
+
+
+def test_a_sequence_draws_the_same_in_any_batch(model):
+    ids = tokens(4, 16, seed=4)
+
+    together = gradients(model, [{"input_ids": ids}], router_weight=0.5)
+    apart = gradients(
+        model, [{"input_ids": part} for part in (ids[2:], ids[1:2], ids[:1])], router_weight=0.5
+    )
+
+    for name, weights in together.items():
+        torch.testing.assert_close(apart[name], weights, rtol=1e-4, atol=1e-9)
 
 
 def test_the_model_comes_back_as_it_was(model):
