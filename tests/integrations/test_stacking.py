@@ -16,7 +16,7 @@ from llmcompressor.modifiers.pruning import REAPPruningModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
 from transformers import AutoModelForCausalLM
 
-from moeq_plugin import MoEQuantModifier, ResidualRotationModifier
+from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
 
@@ -87,6 +87,19 @@ def test_what_comes_before(family, before, tmp_path):
     if family != "gpt_oss":  # transformers has no rule for its per-expert tensors
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         torch.testing.assert_close(logits(plain), logits(stacked))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_between_rotation_and_rounding(family, tmp_path):
+    model = source(family, tmp_path / "source")
+    original = logits(model)
+    modifier = MoEQuantModifier(config_groups=int4(16, num_bits=8))
+    oneshot(model, [ResidualRotationModifier(), MoEQuantAWQModifier(n_grid=4), modifier])
+    assert change_of_median_token(logits(model), original) < 0.05  # that of 8 bits
+
+    model.save_pretrained(tmp_path / "saved")
+
+    torch.testing.assert_close(logits(load_dequantized(tmp_path / "saved")), logits(model))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
