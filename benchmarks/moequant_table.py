@@ -36,10 +36,10 @@ from moeq_plugin import (
     EBSSConfig,
     MoEQuantAWQModifier,
     MoEQuantModifier,
-    ResidualRotationModifier,
     ebss_dataset,
     evaluate,
 )
+from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 
 RESULT = Path(__file__).parent / "results" / "moequant_table.json"
 IGNORE = ["lm_head", "re:.*gate$", "re:.*router$"]

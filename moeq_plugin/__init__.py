@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moeq_plugin.integrations.llm_compressor import (
         MoEQuantAWQModifier,
         MoEQuantModifier,
-        ResidualRotationModifier,
         RWKVQuantModifier,
     )
     from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
@@ -31,7 +30,6 @@ _HOMES = {
     "MoEQuantConfig": "moeq_plugin.integrations.hf",
     "MoEQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
-    "ResidualRotationModifier": "moeq_plugin.integrations.llm_compressor",
     "SensitivityTable": "moeq_plugin.core.sensitivity",
     "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
@@ -46,7 +44,6 @@ __all__ = [
     "MoEQuantConfig",
     "MoEQuantModifier",
     "RWKVQuantModifier",
-    "ResidualRotationModifier",
     "SensitivityTable",
     "__version__",
     "allocate_bits",

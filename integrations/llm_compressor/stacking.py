@@ -22,7 +22,10 @@ from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _BUDGETS = ("bits_per_weight", "size_gb", "allocation")
-_ROTATE_INSTEAD = "Use moeq_plugin's ResidualRotationModifier, which is fused into the weights."
+_ROTATE_INSTEAD = (
+    "Use ResidualRotationModifier of moeq_plugin.integrations.llm_compressor, which is fused into "
+    "the weights."
+)
 
 
 def check_stack(modifier: Modifier, model: nn.Module, layers: list[MoELayer]) -> None:

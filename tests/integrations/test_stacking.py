@@ -16,7 +16,8 @@ from llmcompressor.modifiers.pruning import REAPPruningModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
 from transformers import AutoModelForCausalLM
 
-from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, ResidualRotationModifier
+from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
 
