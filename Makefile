@@ -15,7 +15,7 @@ lint: .venv
 	$(PYTHON) -m mypy
 
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The torchvision that comes along is built for another torch and stops vLLM from starting.
 vllm-env:  ## vLLM for CPUs, beside .venv: each pins another compressed-tensors
