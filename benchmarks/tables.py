@@ -30,8 +30,8 @@ def main() -> None:
         },
         "docs/ebss.md": {"sets": sets, "sampling": sampling},
         "docs/allocation.md": {
-            "experts": partial(allocation, "routed experts", None),
-            "linears": partial(allocation, "all linears", None),
+            "experts": partial(allocation, "routed experts", None, perplexity=True),
+            "linears": partial(allocation, "all linears", None, perplexity=True),
             "prediction": prediction,
             "domains": domains,
             "solver": solver,
@@ -137,8 +137,11 @@ def sampling() -> str:
     return "\n".join(lines) + "\n"
 
 
-def allocation(scope: str, only: Sequence[str] | None) -> str:
-    """Return held-out KL of every method at every budget; a random row is the mean of several."""
+def allocation(scope: str, only: Sequence[str] | None, *, perplexity: bool = False) -> str:
+    """Return held-out KL of every method at every budget, and perplexity in brackets if wanted.
+
+    A random row is the mean of several.
+    """
     runs = json.loads((RESULTS / "allocation.json").read_text())["runs"]
     runs = [{**r, "method": re.sub(r"random \d", "random", r["method"])} for r in runs]
     runs = [r for r in runs if r["scope"] == scope and (only is None or r["method"] in only)]
@@ -156,7 +159,11 @@ def allocation(scope: str, only: Sequence[str] | None) -> str:
                     continue
                 seeds = len({r["seed"] for r in found})
                 name = f"{model}, {seeds} seed" + "s" * (seeds > 1)
-                cells = [_mean_of(found, budget) for budget in budgets]
+                cells = []
+                for budget in budgets:
+                    at = [r for r in found if r["budget"] == budget]
+                    of_text = f" ({_mean(at, 'perplexity'):.2f})" if perplexity else ""
+                    cells.append(f"{_mean(at, 'kl'):.4f}{of_text}")
                 lines.append(f"| {name} | {unit} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -288,8 +295,8 @@ def solver() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mean_of(runs: Sequence[dict], budget: float) -> str:
-    return f"{statistics.mean(r['kl'] for r in runs if r['budget'] == budget):.4f}"
+def _mean(runs: Sequence[dict], value: str) -> float:
+    return statistics.mean(r[value] for r in runs)
 
 
 def _change(ours: Sequence[float], base: Sequence[float]) -> str:
