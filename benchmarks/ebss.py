@@ -39,7 +39,7 @@ from moeq_plugin.report.sampling import distinct_ngrams
 
 RESULT = Path(__file__).parent / "results" / "ebss.json"
 SEQUENCES, LENGTH, HELDOUT = 32, 256, 48
-SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS = (16, 64), 512, 3
+SPEED_SEQUENCES, SPEED_LENGTH, SPEED_ROUNDS = (16, 64, 128), 512, 3
 BEAM = 4
 SAMPLED: dict[str, dict[str, object]] = {
     "ancestral": {},
