@@ -135,7 +135,7 @@ class SensitivityModifier(Modifier):
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
     _undercovered: set[str] = PrivateAttr(default_factory=set)
     _interactions: dict[str, LayerInteraction] = PrivateAttr(default_factory=dict)
-    _expert_linears: set[nn.Linear] = PrivateAttr(default_factory=set)
+    _interacting: set[nn.Linear] = PrivateAttr(default_factory=set)
     _domains: tuple[str, ...] = PrivateAttr(default=())
     _table: SensitivityTable | None = PrivateAttr(default=None)
 
@@ -160,7 +160,8 @@ class SensitivityModifier(Modifier):
         self._layers = find_moe_layers(state.model)
         self._names = target_linears(state.model, self._layers, self.targets, self.ignore)
         check_fit(self._names, self._options)
-        self._expert_linears = {m for layer in self._layers for m in expert_linears(layer)}
+        if self.config.interactions:
+            self._interacting = {m for layer in self._layers for m in expert_linears(layer)}
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -277,8 +278,7 @@ class SensitivityModifier(Modifier):
         for losses, undercovered in ranks.gather((ours, self._undercovered)):
             self._losses |= losses
             self._undercovered |= undercovered
-        in_experts = self._expert_linears if self.config.interactions else set()
-        modules = {name: linear for linear, name in self._names.items() if linear in in_experts}
+        modules = {n: linear for linear, n in self._names.items() if linear in self._interacting}
         ranks.give_to_all(
             rounded,
             {name: owner for name, owner in owners.items() if name in modules},
@@ -296,7 +296,6 @@ class SensitivityModifier(Modifier):
         shape = (len(scores), len(self._options))
         self._losses |= {self._names[linear]: np.full(shape, np.inf) for linear in called}
         rounded: dict[nn.Linear, list[torch.Tensor]] = {}
-        in_experts = self._expert_linears if self.config.interactions else set()
         for index, option in enumerate(self._options):
             if option.scheme is None:
                 for linear in called:
@@ -310,7 +309,7 @@ class SensitivityModifier(Modifier):
             ):
                 losses = [score.loss(linear, difference, option) for score in scores]
                 self._losses[self._names[linear]][:, index] = losses
-                if linear in in_experts:
+                if linear in self._interacting:
                     weight = linear.weight + difference.to(linear.weight.dtype)
                     rounded.setdefault(linear, []).append(weight)
         return rounded

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from moeq_plugin.core.sensitivity import quadratic_losses
+
 
 def mean_output_loss(change: torch.Tensor, hessian: torch.Tensor, weight_sum: float) -> float:
     """Return ``sum_t a_t ||change @ x_t||^2 / (out * sum_t a_t)``, a mean over tokens and outputs.
@@ -29,6 +31,5 @@ def mean_output_loss(change: torch.Tensor, hessian: torch.Tensor, weight_sum: fl
     """
     if weight_sum <= 0:
         raise ValueError(f"weight_sum must be positive, got {weight_sum}")
-    change = change.float()
-    total = ((change @ hessian.float()) * change).sum(dtype=torch.float64)
-    return total.item() / (2 * weight_sum * len(change))
+    halves = quadratic_losses(change.float(), hessian.float())  # of the hessian's factor 2
+    return halves.sum().item() / (weight_sum * len(change))

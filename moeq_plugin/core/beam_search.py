@@ -26,6 +26,7 @@ from moeq_plugin.core.sampling import (
     EBSSConfig,
     SampledSequence,
     completes_old_ngram,
+    draw,
     expert_imbalance,
     stay_in_place,
 )
@@ -108,10 +109,7 @@ class BeamSearch:
         """
         self._record(load)
         allowed, normalizer = self._allowed(logits, may_end=False)
-        cumulative = allowed.double().softmax(-1).cumsum(-1)
-        # scaled by the total, which is not exactly 1, so that a token of probability 0 is not drawn
-        threshold = chance[:, None, None].to(cumulative) * cumulative[..., -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)
+        tokens = draw(allowed.double().softmax(-1), chance[:, None])
         gain = logits.gather(2, tokens).double() - normalizer
         parents = torch.zeros_like(tokens[..., 0])
         return self._extend(parents, tokens[..., 0], self.log_prob + gain[..., 0])

@@ -120,6 +120,25 @@ def expert_imbalance(load: torch.Tensor, num_tokens: torch.Tensor | int) -> torc
     return load.float().std(-1).mean(-1) / tokens
 
 
+def draw(probability: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Return the class that each uniform number falls on, ``[..., 1]`` int64.
+
+    Args:
+        probability: ``[..., classes]``, need not sum to exactly 1.
+        chance: ``[...]``, in [0, 1).
+
+    Example:
+        >>> draw(torch.tensor([[0.5, 0.0, 0.5]] * 2), torch.tensor([0.4, 0.5]))
+        tensor([[0],
+                [2]])
+    """
+    cumulative = probability.cumsum(-1)
+    # scaled by the total, which is not exactly 1, so that a class of probability 0 is not drawn
+    threshold = chance[..., None].to(cumulative) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)
+    return drawn.clamp(max=probability.shape[-1] - 1)  # where the product rounds up to the total
+
+
 def completes_old_ngram(input_ids: torch.Tensor, size: int, vocabulary: int) -> torch.Tensor:
     """Return ``[..., vocabulary]`` bool: the tokens that would repeat an n-gram of ``input_ids``.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeq_plugin.core.sampling import draw
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 from moeq_plugin.models.units import pool_of
 
@@ -224,7 +225,4 @@ def _surprise(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         chance: ``[tokens]``, uniform in [0, 1), decides the draws.
     """
     log_probs = logits.float().log_softmax(-1)
-    cumulative = log_probs.detach().exp().cumsum(-1)
-    threshold = chance.to(cumulative)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
-    return -log_probs.gather(1, drawn).sum()
+    return -log_probs.gather(1, draw(log_probs.detach().exp(), chance)).sum()
