@@ -93,7 +93,7 @@ def records(directory):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
 def test_ranks_give_what_one_process_gives(family, world_size, tmp_path):
     """But for rounding ties, that sums in another order tip: a tipped code changes what later
     layers see, so here they do not see it."""
