@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from ablation_tables import ablation, effects
+from seeds import change, error
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE = "GPTQ, all experts"
@@ -27,6 +30,8 @@ def main() -> None:
             "quality": quality,
             "speed": speed,
             "allocation": partial(allocation, "routed experts", HEADLINE),
+            "ablation": ablation,
+            "effects": effects,
         },
         "docs/ebss.md": {"sets": sets, "sampling": sampling},
         "docs/allocation.md": {
@@ -36,7 +41,17 @@ def main() -> None:
             "domains": domains,
             "solver": solver,
         },
-        "docs/scaling.md": {"measured": scaled, "memory": layer_memory, "time": layer_time},
+        "docs/ablation.md": {
+            "kl": partial(ablation, "kl", 1e3, 1),
+            "perplexity": partial(ablation, "perplexity", 1, 2),
+            "routing": partial(ablation, "routing_agreement", 100, 1),
+        },
+        "docs/scaling.md": {
+            "measured": scaled,
+            "memory": layer_memory,
+            "time": layer_time,
+            "processes": processes,
+        },
     }
     stale = []
     for name, tables in pages.items():
@@ -69,7 +84,7 @@ def quality() -> str:
         for model, bits in cases:
             ours = [kl[model, bits, method, seed] for seed in seeds]
             base = [kl[model, bits, BASELINE, seed] for seed in seeds]
-            note = "" if method == BASELINE else f" ({_change(ours, base)})"
+            note = "" if method == BASELINE else f" ({change(ours, base)})"
             cells.append(f"{statistics.mean(ours):.5f}{note}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -107,7 +122,7 @@ def sets() -> str:
             seeds = sorted({r["seed"] for r in runs if (r["model"], r["set"]) == (model, name)})
             kl = [[of[model, bits, name, seed]["kl"] for seed in seeds] for bits in (4, 3)]
             base = [of[model, 3, "natural text", seed]["kl"] for seed in seeds]
-            change = _change(kl[1], base) if name != "natural text" else ""
+            against = change(kl[1], base) if name != "natural text" else ""
             about = [of[model, 3, name, seed] for seed in seeds]
             imbalance, perplexity, distinct = (
                 statistics.mean(r[key] for r in about)
@@ -115,7 +130,7 @@ def sets() -> str:
             )
             lines.append(
                 f"| {model} | {name} | {statistics.mean(kl[0]):.5f} | {statistics.mean(kl[1]):.5f} "
-                f"| {change} | {imbalance:.3f} | {perplexity:.3g} | {distinct:.2f} |"
+                f"| {against} | {imbalance:.3f} | {perplexity:.3g} | {distinct:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -179,7 +194,6 @@ def prediction() -> str:
     for model in dict.fromkeys(of["model"] for of in found["random_allocations"]):
         seeds = [of for of in found["random_allocations"] if of["model"] == model]
         rho = [of["spearman"] for of in sorted(seeds, key=lambda of: of["seed"])]
-        error = statistics.stdev(rho) / len(rho) ** 0.5
         ratio = statistics.median(
             measured / predicted
             for of in seeds
@@ -188,8 +202,8 @@ def prediction() -> str:
         layers = [layer for layer in found["interactions"] if layer["model"] == model]
         worst = max(layers, key=lambda layer: layer["eigenvalue"])
         lines.append(
-            f"| {model} | {', '.join(f'{r:.3f}' for r in rho)} | {statistics.mean(rho):.3f} "
-            f"± {error:.3f} | {ratio:.2f} | {worst['eigenvalue']:.3f} | {worst['factor']:.3f} |"
+            f"| {model} | {', '.join(f'{r:.3f}' for r in rho)} | {statistics.mean(rho):.3f} ± "
+            f"{error(rho):.3f} | {ratio:.2f} | {worst['eigenvalue']:.3f} | {worst['factor']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -278,6 +292,20 @@ def layer_time() -> str:
     return "\n".join(lines) + "\n"
 
 
+def processes() -> str:
+    """Return what several processes make of the README's example."""
+    runs = json.loads((RESULTS / "several_processes.json").read_text())["runs"]
+    lines = [
+        "| processes | KL to 16 bit, held-out | packed words as of one process, layer by layer |",
+        "|---" * 3 + "|",
+    ]
+    for run in runs:
+        equal = ", ".join(f"{100 * share:.2f} %" for share in run["equal_words_by_layer"])
+        kl = f"{run['kl']:.4f} ± {run['kl_stderr']:.4f}"
+        lines.append(f"| {run['processes']} | {kl} | {equal} |")
+    return "\n".join(lines) + "\n"
+
+
 def solver() -> str:
     """Return how long the exact solution takes, reasons included."""
     found = json.loads((RESULTS / "allocation_speed.json").read_text())
@@ -297,12 +325,6 @@ def solver() -> str:
 
 def _mean(runs: Sequence[dict], value: str) -> float:
     return statistics.mean(r[value] for r in runs)
-
-
-def _change(ours: Sequence[float], base: Sequence[float]) -> str:
-    change = [100 * (a / b - 1) for a, b in zip(ours, base, strict=True)]
-    error = statistics.stdev(change) / len(change) ** 0.5
-    return f"{statistics.mean(change):+.1f} ± {error:.1f} %"
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from compressed_tensors.distributed import is_distributed
+from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils import untie_word_embeddings
 from loguru import logger
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.core.hadamard import Rotation, random_rotation
@@ -57,17 +59,11 @@ class ResidualRotationModifier(Modifier):
         Raises:
             UnsupportedModelError: if it is not known how some parameter touches the residual
                 stream; nothing has been changed then.
-            ValueError: if the modifier comes too late in the recipe or several processes run;
-                nothing has been changed then. Or if the logits changed: then the model in memory
-                is of no use any more.
+            ValueError: if the modifier comes too late in the recipe; nothing has been changed
+                then. Or if the logits changed: then the model in memory is of no use any more.
         """
         model = state.model
         _check_order(model)
-        if is_distributed():
-            raise ValueError(
-                "several processes would rotate the weights that they share several times: "
-                "rotate in one process, save, and quantize the saved checkpoint with several"
-            )
         stream = find_residual_stream(model)
         ids = _probe_tokens(stream)
         before = _logits(model, ids)
@@ -94,21 +90,25 @@ class ResidualRotationModifier(Modifier):
 def rotate(stream: ResidualStream, rotation: Rotation) -> None:
     """Rotate everything that touches the residual stream, in place, one weight at a time.
 
+    Of several processes, which may share the weights, one rotates and all wait for it.
+
     Args:
         stream: what touches it.
         rotation: of its size.
     """
+    _wait_for_all()  # some may still be running the model as it was
     rotation = rotation.to(_float64_device())
-    _replace(stream.embedding, "weight", rotation.of_reader(stream.embedding.weight))
+    _replace(stream.embedding, "weight", rotation.of_reader)
     for read in stream.reads:
-        scale = read.norm.weight
+        fold = partial(rotation.of_reader, scale=read.norm.weight)
         for reader in read.readers:
-            _replace(reader, "weight", rotation.of_reader(reader.weight, scale))
-        _replace(read.norm, "weight", torch.ones_like(scale))
+            _replace(reader, "weight", fold)
+        _replace(read.norm, "weight", torch.ones_like)
     for writer in stream.writers:
-        _replace(writer, "weight", rotation.of_writer(writer.weight))
+        _replace(writer, "weight", rotation.of_writer)
         if getattr(writer, "bias", None) is not None:
-            _replace(writer, "bias", rotation.of_bias(writer.bias))
+            _replace(writer, "bias", rotation.of_bias)
+    _wait_for_all()
 
 
 def _float64_device() -> torch.device:
@@ -118,8 +118,17 @@ def _float64_device() -> torch.device:
     return accelerator
 
 
-def _replace(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    update_offload_parameter(module, name, value)
+def _replace(module: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    old = getattr(module, name)
+    new = change(old) if is_source_process() else old.new_empty(old.shape)
+    if is_distributed():
+        distributed.broadcast(new, src=get_source_rank())
+    update_offload_parameter(module, name, new)
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        distributed.barrier()
 
 
 def _hadamard(order: int, seed: int) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier, SensitivityTable
+from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
 
 
@@ -24,11 +25,11 @@ def run(model_path, out, **settings):
     data = settings.pop("data", dataset(32))
     if data is not None and distributed.is_initialized() and not settings.pop("shared", False):
         data = data.shard(distributed.get_world_size(), distributed.get_rank(), contiguous=True)
-    host = settings.pop("host", {})
+    host, before = settings.pop("host", {}), settings.pop("before", [])
     count = {} if data is None else {"num_calibration_samples": len(data)}  # else the host fails
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
-        recipe=MoEQuantModifier(**{"config_groups": int4(), **settings}),
+        recipe=[*before, MoEQuantModifier(**{"config_groups": int4(), **settings})],
         dataset=data,
         processor=NoProcessor(),
         shuffle_calibration_samples=False,
@@ -108,6 +109,20 @@ def test_ranks_give_what_one_process_gives(family, world_size, tmp_path):
         assert ours["basis"] == theirs["basis"]
         assert ours["effective_tokens"] == pytest.approx(theirs["effective_tokens"], rel=1e-4)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-9)
+
+
+def test_ranks_rotate_the_weights_that_they_share_once(tmp_path):
+    tiny_model("mixtral", tmp_path / "model")
+    scheme = {"config_groups": int4(16), "host": {"propagate_error": False}}
+    run(tmp_path / "model", tmp_path / "one", before=[ResidualRotationModifier()], **scheme)
+    rotation = ResidualRotationModifier()
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", before=[rotation], **scheme)
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert share_of_equal_words(many, one) > 0.998
+    kept = [name for name in one if name.endswith(("embed_tokens.weight", "norm.weight"))]
+    assert len(kept) > 4
+    for name in kept:  # bit by bit: they were rotated and not quantized
+        torch.testing.assert_close(many[name], one[name], rtol=0, atol=0)
 
 
 def test_what_a_tie_changes_is_nothing_that_matters(tmp_path):

@@ -15,7 +15,7 @@ from llmcompressor.modifiers.transform import SpinQuantModifier
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier, rotation
+from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
 from moeq_plugin.models.residual import find_residual_stream
@@ -199,12 +199,6 @@ class TestRefuses:
 
         with pytest.raises(UnsupportedModelError, match="needs a causal language model"):
             find_residual_stream(model.model)
-
-    def test_several_processes(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(rotation, "is_distributed", lambda: True)
-
-        with pytest.raises(ValueError, match="rotate in one process, save"):
-            oneshot(tiny_model("qwen3_moe", tmp_path), ResidualRotationModifier())
 
     def test_fused_experts(self, tmp_path):
         with pytest.raises(UnsupportedModelError, match="linearize the model first"):
