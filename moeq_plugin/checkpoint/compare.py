@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
 from moeq_plugin.checkpoint.codes import blocks, read_rows, read_tensor
-from moeq_plugin.checkpoint.findings import Finding, error
+from moeq_plugin.checkpoint.findings import Finding, error, warning
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.names import canonical, in_file
 from moeq_plugin.checkpoint.values import is_readable
@@ -19,6 +21,15 @@ from moeq_plugin.checkpoint.values import is_readable
 _LIMIT = {1: 1.2, 2: 1.2, 3: 1.1, 4: 0.8}
 _LIMIT_ABOVE, _LIMIT_16_BIT = 0.4, 0.02
 _NOT_COMPARABLE = 0.5  # of the linears beyond their limit
+# Modifiers of llm-compressor and ours after which a model computes the same with other weights.
+_REWRITE_WEIGHTS = {
+    "AWQModifier",
+    "MoEQuantAWQModifier",
+    "SmoothQuantModifier",
+    "ResidualRotationModifier",
+    "SpinQuantModifier",
+    "QuIPModifier",
+}
 
 
 def check_source(layout: Layout, source: Layout) -> Iterator[Finding]:
@@ -28,6 +39,16 @@ def check_source(layout: Layout, source: Layout) -> Iterator[Finding]:
         layout: the checkpoint.
         source: the 16-bit model, experts fused or not.
     """
+    rewritten = _modifiers(layout.checkpoint.directory) & _REWRITE_WEIGHTS
+    if rewritten:
+        yield warning(
+            "not-comparable",
+            "linears",
+            f"{', '.join(sorted(rewritten))} changed the weights before they were quantized "
+            "(recipe.yaml), so nothing was compared with the source",
+            "compare what the two compute: moeq eval SOURCE CHECKPOINT --text FILE",
+        )
+        return
     errors = {linear.name: e for linear, e in relative_errors(layout, source)}
     linears = [layout.architecture.linears[name] for name in errors]
     far = [linear for linear in linears if not errors[linear.name] <= _limit(layout, linear)]
@@ -48,6 +69,16 @@ def check_source(layout: Layout, source: Layout) -> Iterator[Finding]:
         else:
             yield error("far-from-source", where, what)
     yield from _check_others(layout, source)
+
+
+def _modifiers(directory: Path) -> set[str]:
+    """Return the class names of the modifiers that made a checkpoint, where the host wrote them."""
+    recipe = directory / "recipe.yaml"
+    return (
+        set(re.findall(r"^\s*(\w+):", recipe.read_text(errors="replace"), re.M))
+        if recipe.exists()
+        else set()
+    )
 
 
 def relative_errors(layout: Layout, source: Layout) -> Iterator[tuple[Linear, float]]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from checkpoints import RECIPES, VARIANTS, copy_of, edited_config, edited_tensors, to_gptq
-from helpers import FAMILIES
+from helpers import FAMILIES, int4, oneshot, tiny_model
 
 from moeq_plugin import verify_checkpoint
 from moeq_plugin.checkpoint.findings import CHECKS
@@ -60,6 +60,28 @@ def test_an_unknown_family_is_judged_by_what_its_experts_have_in_common(sound, t
     report = verify_checkpoint(path)
     assert [found.check for found in report.errors] == ["missing-expert"]
     assert report.errors[0].where == "model.layers.1.mlp.experts.2"
+
+
+@pytest.mark.parametrize("name", ["MoEQuantAWQModifier", "ResidualRotationModifier"])
+def test_weights_that_were_scaled_or_rotated_are_not_held_against_a_checkpoint(name, tmp_path):
+    from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
+
+    before = {
+        "MoEQuantAWQModifier": MoEQuantAWQModifier(n_grid=4),
+        "ResidualRotationModifier": ResidualRotationModifier(),
+    }
+    model = tiny_model("qwen3_moe", tmp_path / "model")
+    oneshot(model, [before[name], MoEQuantModifier(config_groups=int4(16))])
+    model.save_pretrained(tmp_path / "out")
+
+    report = verify_checkpoint(tmp_path / "out", tmp_path / "model")
+
+    assert report.errors == []
+    assert [found.check for found in report.findings] == ["not-comparable"]
+    assert report.findings[0].what.startswith(f"{name} changed the weights")
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    assert verify_checkpoint(tmp_path / "out", tmp_path / "model").errors  # who could know
 
 
 def test_the_gptq_format_is_read_bit_by_bit(sound, tmp_path):

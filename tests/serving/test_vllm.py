@@ -53,22 +53,40 @@ pytestmark = [
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
 ALLOCATED = ["mixtral allocated", "qwen3_moe allocated"]  # layers differ in scheme
 WITH_W8A8 = ["mixtral allocated W8A8", "qwen3_moe allocated W8A8"]
-CASES = FAMILIES + ALLOCATED + WITH_W8A8
+STACKED = ["mixtral rotated and smoothed", "qwen2_moe rotated and smoothed"]
+CASES = FAMILIES + ALLOCATED + WITH_W8A8 + STACKED
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILIES + ALLOCATED + WITH_W8A8)
 def test_every_weight_is_stored_under_its_own_name(family, checkpoints):
     """4 bits leave an error near 0.1 of the weight; another tensor's weight is sqrt(2) away."""
-    original, dequantized = (
+    files = checkpoints[family]
+    original, quantized, dequantized = (
         load_file(form / "model.safetensors")
-        for form in (checkpoints[family].original, checkpoints[family].dequantized)
+        for form in (files.original, files.quantized, files.dequantized)
     )
-    experts = [name for name in original if ".experts." in name]
+    kept = [n for n in original.keys() & quantized.keys() if f"{n}_scale" not in quantized]
+    assert kept
+    assert all(torch.equal(original[name], quantized[name]) for name in kept)
 
+    experts = [name for name in original if ".experts." in name]
     assert experts
     for name in experts:
         weight = original[name].float()
         assert (dequantized[name].float() - weight).norm() < 0.5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_the_stacked_checkpoints_are_rotated_and_smoothed(case, checkpoints):
+    files = checkpoints[case]
+    original, quantized = (
+        load_file(form / "model.safetensors") for form in (files.original, files.quantized)
+    )
+    changed = {n for n in original if n in quantized and not original[n].equal(quantized[n])}
+
+    assert "model.embed_tokens.weight" in changed  # by the rotation
+    norms = {name for name in original if "layernorm" in name}  # all ones, which rotating keeps
+    assert norms <= changed  # by AWQ
 
 
 @pytest.mark.parametrize("case", ALLOCATED)
