@@ -122,6 +122,20 @@ def test_a_recipe_of_the_host(tiny):
     assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 8
 
 
+def test_strict_counts_scales_too(tiny):
+    write_data(tiny / "data.jsonl", 2)
+    rounding = {"config_groups": int4(), "ignore": ["lm_head", "re:.*gate$"]}
+    modifiers = {"MoEQuantAWQModifier": {"n_grid": 3}, "QuantizationModifier": rounding}
+    (tiny / "recipe.yaml").write_text(json.dumps({"q_stage": {"q_modifiers": modifiers}}))
+
+    done = quantize(tiny, "--recipe", str(tiny / "recipe.yaml"), "--strict")
+
+    assert done.exit_code == 1, done.output
+    assert "scales of model.layers.0.mlp.experts.0.up_proj: shrunk" in done.stderr
+    assert "--resume" not in done.stderr  # such a recipe keeps no state
+    assert not (tiny / "out").exists()
+
+
 def test_an_existing_checkpoint_is_not_touched(tiny):
     (tiny / "out").mkdir()
     (tiny / "out" / "model.safetensors").write_text("months of work")

@@ -89,10 +89,13 @@ def quantize(
                 summary, failures = _health(stage, strict=strict)
                 if failures and strict:
                     typer.echo(_complaint(failures, f"{out} was not written"), err=True)
-                    typer.echo(f"--resume without --strict writes it, from {work_dir}", err=True)
+                    if _has_state(work_dir):
+                        way_out = f"--resume without --strict writes it, from {work_dir}"
+                        typer.echo(way_out, err=True)
                     raise typer.Exit(1)
         except KeyboardInterrupt:
-            typer.echo(f"\ninterrupted; --resume continues from {work_dir}", err=True)
+            kept = f"--resume continues from {work_dir}" if _has_state(work_dir) else "nothing kept"
+            typer.echo(f"\ninterrupted; {kept}", err=True)
             raise typer.Exit(130) from None
     shutil.rmtree(work_dir, ignore_errors=True)
     if not jsonl:
@@ -109,14 +112,17 @@ def _check_work_dir(work_dir: Path, *, resume: bool) -> None:
     Raises:
         ValueError: if there is state and ``resume`` was not asked for, or the other way round.
     """
-    has_state = work_dir.is_dir() and any(work_dir.iterdir())
-    if has_state and not resume:
+    if _has_state(work_dir) and not resume:
         raise ValueError(
             f"{work_dir} holds the state of an unfinished run: continue it with --resume, or "
             "delete it to start anew"
         )
-    if resume and not has_state:
+    if resume and not _has_state(work_dir):
         raise ValueError(f"--resume: there is no state of an unfinished run in {work_dir}")
+
+
+def _has_state(work_dir: Path) -> bool:
+    return work_dir.is_dir() and any(work_dir.iterdir())
 
 
 def _modifiers(**settings: Any) -> list[Any]:
@@ -158,18 +164,27 @@ def _of_recipe(path: Path, work_dir: Path) -> list[Any]:
 
 
 def _health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
-    """Return the run in one line, and every linear that is not as asked for."""
+    """Return the run in one line, and every linear or scale that is not as asked for."""
     from moeq_plugin.report.record import FILE_NAME, Basis, RunRecord
 
     if not (checkpoint / FILE_NAME).exists():
         return "written by modifiers of others, which keep no record", []
     records = RunRecord.load(checkpoint)
-    linears = [linear for record in records for linear in record.linears]
+    rests_on = [
+        (linear.name, linear.basis, linear.effective_tokens)
+        for record in records
+        for linear in record.linears
+    ]
+    rests_on += [
+        (f"scales of {name}", Basis(of["basis"]), of["effective_tokens"])
+        for record in records
+        for name, of in record.smoothed.items()
+    ]
     wrong = {Basis.NONE} if not strict else {Basis.NONE, Basis.LAYER, Basis.SHRUNK}
     failures = [
-        f"{linear.name}: {linear.basis.value}, {linear.effective_tokens:.1f} effective tokens"
-        for linear in linears
-        if linear.basis in wrong
+        f"{name}: {basis.value}, {effective_tokens:.1f} effective tokens"
+        for name, basis, effective_tokens in rests_on
+        if basis in wrong
     ]
     return "; ".join(record.summary(len(record.linears)) for record in records), failures
 
