@@ -17,6 +17,10 @@ NATURAL = {"text": "natural text", "power": 1.0}
 EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "GPTQ for rounding to nearest": ({"method": "GPTQ", **NATURAL}, NEAREST),
     "AWQ before rounding to nearest": ({"method": "AWQ", **NATURAL}, NEAREST),
+    "our AWQ for llm-compressor's": (
+        {"method": "AWQ", **NATURAL},
+        {"method": "AWQ, llm-compressor", "power": None},
+    ),
     "clipping after AWQ": ({"method": "AWQ, clipped"}, {"method": "AWQ"}),
     "rotation before GPTQ": ({"method": "rotated GPTQ"}, {"method": "GPTQ"}),
     **{

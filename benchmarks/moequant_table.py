@@ -32,6 +32,7 @@ from corpora import SEPARATOR, Corpus, corpora
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeq_plugin import (
@@ -42,6 +43,7 @@ from moeq_plugin import (
     evaluate,
 )
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
+from moeq_plugin.integrations.llm_compressor.awq_host import without_pinning
 
 RESULT = Path(__file__).parent / "results" / "moequant_table.json"
 IGNORE = ["lm_head", "re:.*gate$", "re:.*router$"]
@@ -54,6 +56,7 @@ GRIDS = {
     )
 }
 TEXTS = ("natural text", "EBSS", "sampled")
+POWERS = (0.0, 1.0, 2.0)
 Modifiers = Callable[[float, dict[str, object]], list[object]]
 METHODS: dict[str, Modifiers] = {
     "RTN": lambda _, scheme: [QuantizationModifier(**scheme)],
@@ -62,6 +65,7 @@ METHODS: dict[str, Modifiers] = {
         MoEQuantAWQModifier(affinity_power=power),
         QuantizationModifier(**scheme),
     ],
+    "AWQ, llm-compressor": lambda _, scheme: [AWQModifier(), QuantizationModifier(**scheme)],
     "AWQ, clipped": lambda power, scheme: [
         MoEQuantAWQModifier(affinity_power=power, clip=True),
         QuantizationModifier(**scheme),
@@ -133,10 +137,15 @@ def cases_of(corpus: Corpus, grids: list[str], seeds: tuple[int, ...]) -> Iterat
     """Yield all cases, seed by seed, so that an interrupted table has whole seeds."""
     for grid in grids:
         yield Case(corpus.name, grid, "RTN")
+    # beside the paper's table, on one text: the AWQ that there was, and our clipping
+    others = {
+        "RTN": ((), ()),
+        "AWQ, llm-compressor": (TEXTS[:1], (None,)),
+        "AWQ, clipped": (TEXTS[:1], POWERS),
+    }
     for seed, grid, method in itertools.product(seeds, grids, METHODS):
-        # clipping is ours: it stands beside the paper's table, on the text that is best for AWQ
-        texts = {"RTN": (), "AWQ, clipped": TEXTS[:1]}.get(method, TEXTS)
-        for text, power in itertools.product(texts, (0.0, 1.0, 2.0)):
+        texts, powers = others.get(method, (TEXTS, POWERS))
+        for text, power in itertools.product(texts, powers):
             yield Case(corpus.name, grid, method, text, power, seed)
 
 
@@ -172,7 +181,8 @@ class Table:
                 "max_seq_length": self.length,
                 "batch_size": 8,
             }
-        oneshot(model=model, recipe=METHODS[case.method](case.power or 0.0, scheme), **data)
+        with without_pinning():  # llm-compressor's AWQ fails without an accelerator otherwise
+            oneshot(model=model, recipe=METHODS[case.method](case.power or 0.0, scheme), **data)
         result = evaluate(model, self.reference, self.heldout)
         remove_dispatch(model).to("meta")  # the host keeps every model that it has quantized
         return {

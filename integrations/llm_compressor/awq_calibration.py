@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
-from torch import nn
+from torch import distributed, nn
 
+from moeq_plugin.integrations.llm_compressor import ranks
 from moeq_plugin.integrations.llm_compressor.calibration import Calibration, RegisterHook
 
 
@@ -43,6 +44,29 @@ class SmoothingCalibration(Calibration):
         for mapping in mappings:
             watched = mapping.activation_hook_target or mapping.balance_layers[0]
             register_hook(watched, self._hook(mapping.smooth_name), "forward")
+
+    def sum_over_ranks(
+        self, mappings: list[ResolvedMapping], names: Mapping[nn.Module, str]
+    ) -> None:
+        """Give every rank the second moments and magnitudes of all.
+
+        Args:
+            mappings: those that are watched.
+            names: of all modules.
+        """
+        ranks.sum_over_ranks(self, names)
+        seen = {name for part in ranks.gather(list(self.magnitudes)) for name in part}
+        for mapping in mappings:
+            if mapping.smooth_name not in seen:
+                continue  # of another layer
+            weight = mapping.balance_layers[0].weight
+            nothing = Magnitude(
+                torch.zeros(weight.shape[1], device=weight.device),
+                torch.zeros((), dtype=torch.int64, device=weight.device),
+            )
+            magnitude = self.magnitudes.setdefault(mapping.smooth_name, nothing)
+            distributed.all_reduce(magnitude.total)
+            distributed.all_reduce(magnitude.count)
 
     def clear_layer(self) -> None:
         """Drop what belongs to the layer that has just been smoothed."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from compressed_tensors.quantization import disable_quantization, enable_quantization
 from compressed_tensors.utils import patch_attr
+from llmcompressor.modifiers.transform.awq import base
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import nn
 
@@ -30,6 +31,13 @@ def unquantized(model: nn.Module) -> Iterator[None]:
     finally:
         for module in at_work:
             enable_quantization(module)
+
+
+@contextlib.contextmanager
+def summed_already() -> Iterator[None]:
+    """Keep the host from adding up over ranks, which it does on accelerators only (0.14)."""
+    with patch_attr(base, "is_distributed", lambda: False):
+        yield
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -18,10 +19,14 @@ from pydantic import Field, PrivateAttr, field_serializer, field_validator
 from torch import nn
 
 from moeq_plugin.core.awq import mean_output_loss
-from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor import preflight, ranks
 from moeq_plugin.integrations.llm_compressor.awq_calibration import SmoothingCalibration
 from moeq_plugin.integrations.llm_compressor.awq_clipping import clip_linear, clippable
-from moeq_plugin.integrations.llm_compressor.awq_host import unquantized, without_pinning
+from moeq_plugin.integrations.llm_compressor.awq_host import (
+    summed_already,
+    unquantized,
+    without_pinning,
+)
 from moeq_plugin.integrations.llm_compressor.awq_mappings import (
     FoundMappings,
     find_mappings,
@@ -145,7 +150,7 @@ class MoEQuantAWQModifier(AWQModifier):
         self._names = {module: name for name, module in model.named_modules()}
         given = self.mappings
         if given is None:
-            with disable_offloading():
+            with ranks.in_turn(), disable_offloading():
                 self._found = find_mappings(model, self._layers)
             self.mappings = []  # or the host would look them up by the name of the architecture
         super().on_initialize(state, **kwargs)
@@ -187,15 +192,18 @@ class MoEQuantAWQModifier(AWQModifier):
         """Smooth the layer that has just been calibrated, then clip it."""
         calibration = self._calibration
         assert calibration is not None  # set in on_calibration_start
+        if is_distributed():
+            calibration.sum_over_ranks(self._resolved_mappings, self._names)
         calibration.check_finite(self._names)
         with torch.no_grad(), disable_offloading(), unquantized(state.model):
             self._guard_moments(calibration)
             wanted = self._hand_over(calibration)
-            with without_pinning():
-                super().on_sequential_epoch_end(state, event, **kwargs)
-            self._note_skipped(wanted)
-            if self.clip:
-                self._clip_layer()
+            with ranks.own_copies(self._modules_of_layer(calibration)):
+                with without_pinning(), summed_already():
+                    super().on_sequential_epoch_end(state, event, **kwargs)
+                self._note_skipped(wanted)
+                if self.clip:
+                    self._clip_layer()
         calibration.clear_layer()
         self._moments.clear()
         self._scales.clear()
@@ -278,6 +286,14 @@ class MoEQuantAWQModifier(AWQModifier):
             self._smooth_activation_stats[mapping.smooth_name] = stats
         return list(self._smooth_activation_stats)
 
+    def _modules_of_layer(self, calibration: SmoothingCalibration) -> list[nn.Module]:
+        """Return what the layer's smoothing and clipping change, in the order of their names."""
+        changed = set(self._moments) & self._clippable
+        for mapping in self._resolved_mappings:
+            if mapping.smooth_name in calibration.magnitudes:
+                changed |= {mapping.smooth_layer, *mapping.balance_layers}
+        return sorted(changed, key=self._names.__getitem__)
+
     def _compute_best_scale(
         self,
         mapping: ResolvedMapping,
@@ -319,7 +335,9 @@ class MoEQuantAWQModifier(AWQModifier):
         if masks:
             fp16_outputs = list(map(_unpadded, fp16_outputs, masks))
             int_w_outputs = list(map(_unpadded, int_w_outputs, masks))
-        return float(super()._compute_loss(fp16_outputs, int_w_outputs))
+        mean = float(super()._compute_loss(fp16_outputs, int_w_outputs))
+        count = sum(outputs.numel() for outputs in fp16_outputs)
+        return ranks.mean_over_ranks(mean, count, fp16_outputs[0].device)
 
     def _note_mask(self, _model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
         self._masks.append(kwargs.get("attention_mask"))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import State
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor import preflight, ranks
 from moeq_plugin.integrations.llm_compressor.awq_mappings import judged_alone
 from moeq_plugin.integrations.llm_compressor.compression import weight_args
 from moeq_plugin.integrations.llm_compressor.host import running_oneshot
@@ -49,8 +48,7 @@ def check_request(modifier: str, state: State, layers: list[MoELayer]) -> None:
             f"{modifier} chooses scales for weights that are quantized after it, and this model "
             "has quantization schemes already: put it before the modifier that quantizes"
         )
-    if is_distributed():
-        raise ValueError(f"{modifier} runs in one process; start it without torch.distributed")
+    ranks.check_data_differ(state.data.calib)
 
 
 def check_mappings(

@@ -6,10 +6,11 @@ experts are called at all, differs from rank to rank, so everything goes by name
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,59 @@ def exchange(
             update_offload_parameter(modules[name], parameter, received)
     everyone = [record for part in gather(records) for record in part]
     return sorted(everyone, key=lambda record: record.name)
+
+
+@contextlib.contextmanager
+def own_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every rank change weights that ranks share; afterwards all have what the first one has.
+
+    Without it one would read what another has half changed, or change it again.
+
+    Args:
+        modules: in the same order on every rank; call with offloading disabled, so that their
+            parameters stay the same objects.
+    """
+    if not is_distributed():
+        yield
+        return
+    parameters = [p for module in modules for p in module.parameters(recurse=False)]
+    shared = [parameter.data for parameter in parameters]
+    distributed.barrier()  # some may still be running the layer as it was
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+    distributed.barrier()
+    yield
+    for parameter, memory in zip(parameters, shared, strict=True):
+        distributed.broadcast(parameter.data, src=0)
+        parameter.data = memory.copy_(parameter.data)
+    distributed.barrier()
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Let one rank after the other do what changes shared weights for a while."""
+    turns = distributed.get_world_size() if is_distributed() else 0
+    ours = distributed.get_rank() if turns else 0
+    for _ in range(ours):
+        distributed.barrier()
+    yield
+    for _ in range(ours, turns):
+        distributed.barrier()
+
+
+def mean_over_ranks(mean: float, count: int, device: torch.device) -> float:
+    """Return the mean of all ranks' elements.
+
+    Args:
+        mean: of this rank's.
+        count: how many those are.
+        device: that ranks exchange tensors on.
+    """
+    if not is_distributed():
+        return mean
+    sums = torch.tensor([mean * count, count], dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 def gather(ours: Any) -> list[Any]:

@@ -16,7 +16,7 @@ pytest.importorskip("llmcompressor")
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
-from moeq_plugin import MoEQuantModifier, SensitivityTable
+from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, SensitivityTable
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
 
@@ -93,6 +93,12 @@ def records(directory):
     return {linear["name"]: linear for linear in run["linears"]}
 
 
+def awq_record(directory):
+    runs = json.loads((directory / "moeq_run.json").read_text())["runs"]
+    (found,) = (run for run in runs if run["modifier"] == "MoEQuantAWQModifier")
+    return found
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
 def test_ranks_give_what_one_process_gives(family, world_size, tmp_path):
@@ -123,6 +129,34 @@ def test_ranks_rotate_the_weights_that_they_share_once(tmp_path):
     assert len(kept) > 4
     for name in kept:  # bit by bit: they were rotated and not quantized
         torch.testing.assert_close(many[name], one[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+def test_ranks_move_the_scales_that_one_process_moves(family, tmp_path):
+    """The norms tell: they are divided by the scales and not quantized.
+
+    On an asymmetric grid: the ends of the symmetric one are ties, and candidates are judged by it.
+    """
+    tiny_model(family, tmp_path / "model")
+    scheme = {"config_groups": int4(16, symmetric=False), "host": {"propagate_error": False}}
+    awq = {"n_grid": 6, "clip": True}
+    run(tmp_path / "model", tmp_path / "one", before=[MoEQuantAWQModifier(**awq)], **scheme)
+    before = [MoEQuantAWQModifier(**awq)]
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", before=before, **scheme)
+
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    norms = [name for name in one if name.endswith("layernorm.weight")]
+    assert any((one[name] - 1).abs().max() > 0.1 for name in norms)
+    for name in norms:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=0)
+    ours, theirs = (awq_record(tmp_path / name) for name in ("many", "one"))
+    assert ours["clipped"] == pytest.approx(theirs["clipped"], rel=1e-2)
+    assert ours["smoothed"].keys() == theirs["smoothed"].keys()
+    for name, of in theirs["smoothed"].items():
+        found = ours["smoothed"][name]
+        assert found["basis"] == of["basis"]
+        for key in ("effective_tokens", "loss", "loss_unscaled"):
+            assert (found[key] or 0) == pytest.approx(of[key] or 0, rel=1e-3)
 
 
 def test_what_a_tie_changes_is_nothing_that_matters(tmp_path):
