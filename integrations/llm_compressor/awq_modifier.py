@@ -20,6 +20,7 @@ from torch import nn
 
 from moeq_plugin.core.awq import mean_output_loss
 from moeq_plugin.integrations.llm_compressor import preflight, ranks
+from moeq_plugin.integrations.llm_compressor.awq_batches import merged, without_padding
 from moeq_plugin.integrations.llm_compressor.awq_calibration import SmoothingCalibration
 from moeq_plugin.integrations.llm_compressor.awq_clipping import clip_linear, clippable
 from moeq_plugin.integrations.llm_compressor.awq_host import (
@@ -127,13 +128,15 @@ class MoEQuantAWQModifier(AWQModifier):
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _calibration: SmoothingCalibration | None = PrivateAttr(default=None)
     _padding: PaddingWatch | None = PrivateAttr(default=None)
-    _masks: list[torch.Tensor | None] = PrivateAttr(default_factory=list)  # of the basic pipeline
+    _direct_masks: list[torch.Tensor | None] = PrivateAttr(default_factory=list)  # basic pipeline
     _record: RunRecord | None = PrivateAttr(default=None)
     _began: float = PrivateAttr(default=0.0)
     _moments: dict[nn.Linear, _Moments] = PrivateAttr(default_factory=dict)
+    _merged: set[nn.Module] = PrivateAttr(default_factory=set)
     _scales: dict[nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _clippable: set[nn.Module] = PrivateAttr(default_factory=set)
     _judged: tuple[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
+    _has_padding: bool = PrivateAttr(default=True)  # the outputs of the block that is searched
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -207,6 +210,7 @@ class MoEQuantAWQModifier(AWQModifier):
         calibration.clear_layer()
         self._moments.clear()
         self._scales.clear()
+        self._merged.clear()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Note what no batch has called, then remove hooks."""
@@ -265,6 +269,7 @@ class MoEQuantAWQModifier(AWQModifier):
         """Give the host what it searches by; return the names of mappings it is to smooth."""
         assert self._record is not None  # set in on_calibration_start
         self._smooth_activation_stats.clear()  # of the host's own hooks, which count padding
+        blocks = {layer.block for layer in self._layers}
         for mapping in self._resolved_mappings:
             magnitude = calibration.magnitudes.get(mapping.smooth_name)
             if magnitude is None:
@@ -275,6 +280,11 @@ class MoEQuantAWQModifier(AWQModifier):
                 self._record.left_out[mapping.smooth_name] = _NO_TOKENS
                 continue
             stats = [magnitude.total, magnitude.count]
+            if mapping.parent in blocks and mapping.parent not in self._merged:
+                batches = merged(self._parent_args_cache[mapping.parent], self._masks())
+                if batches is not None:
+                    self._parent_args_cache[mapping.parent] = batches
+                    self._merged.add(mapping.parent)
             if moments is not None and linear is not None:
                 # the host wants an input to run and none is needed: the loss asks the moments
                 cache = IntermediatesCache(None, self.offload_device)
@@ -303,6 +313,7 @@ class MoEQuantAWQModifier(AWQModifier):
         """Let the host search, and note what it found."""
         linear = judged_alone(mapping)
         self._judged = None if linear is None else (linear, orig_layer_weights[linear])
+        self._has_padding = mapping.parent not in self._merged
         scales = super()._compute_best_scale(mapping, fp16_outputs, orig_layer_weights)
         self._scales.update(dict.fromkeys(mapping.balance_layers, scales))
         moments = self._moments[linear] if linear is not None else None
@@ -330,17 +341,20 @@ class MoEQuantAWQModifier(AWQModifier):
             moments = self._moments[linear]
             change = linear.weight - original
             return mean_output_loss(change, moments.hessian, moments.weight_sum)
-        assert self._padding is not None  # set in on_calibration_start
-        masks = [batch.get("attention_mask") for batch in self._padding.batches] or self._masks
-        if masks:
-            fp16_outputs = list(map(_unpadded, fp16_outputs, masks))
-            int_w_outputs = list(map(_unpadded, int_w_outputs, masks))
+        if self._has_padding and (masks := self._masks()):
+            fp16_outputs = list(map(without_padding, fp16_outputs, masks))
+            int_w_outputs = list(map(without_padding, int_w_outputs, masks))
         mean = float(super()._compute_loss(fp16_outputs, int_w_outputs))
         count = sum(outputs.numel() for outputs in fp16_outputs)
         return ranks.mean_over_ranks(mean, count, fp16_outputs[0].device)
 
     def _note_mask(self, _model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
-        self._masks.append(kwargs.get("attention_mask"))
+        self._direct_masks.append(kwargs.get("attention_mask"))
+
+    def _masks(self) -> list[torch.Tensor | None]:
+        assert self._padding is not None  # set in on_calibration_start
+        cached = [batch.get("attention_mask") for batch in self._padding.batches]
+        return cached or self._direct_masks
 
     def _has_token_weights(self, linear: nn.Linear) -> bool:
         assert self._calibration is not None  # set while a layer is smoothed
@@ -363,10 +377,3 @@ class MoEQuantAWQModifier(AWQModifier):
                 share = clip_linear(linear, moments.hessian, self._scales.get(linear))
                 if share is not None:
                     self._record.clipped[self._names[linear]] = share
-
-
-def _unpadded(outputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    rows = outputs.flatten(0, -2)
-    if mask is None or mask.numel() != len(rows):
-        return outputs
-    return rows[mask.flatten().bool().to(rows.device)]
