@@ -78,12 +78,12 @@ def _cut(name: str, experts: int, top_k: int) -> Architecture:
 
 CASES = {
     "Qwen3-30B-A3B, 32 of 128 experts": Case(
-        _cut("Qwen3-30B-A3B", 32, 8), "qwen3_moe", 2, 512, rounds=2
+        _cut("Qwen3-30B-A3B", 32, 8), "qwen3_moe", 2, 512, rounds=3
     ),
     "DeepSeek-V3, 2 of 256 experts and the shared one": Case(
-        _cut("DeepSeek-V3", 2, 1), "deepseek_v3", 2, 128, rounds=1, attention=False
+        _cut("DeepSeek-V3", 2, 1), "deepseek_v3", 2, 128, rounds=2, attention=False
     ),
-    "Mixtral-8x7B, 1 of 8 experts": Case(_cut("Mixtral-8x7B", 1, 1), "mixtral", 2, 128, rounds=2),
+    "Mixtral-8x7B, 1 of 8 experts": Case(_cut("Mixtral-8x7B", 1, 1), "mixtral", 2, 128, rounds=3),
 }
 QUICK = {
     "small": Case(Architecture(512, 256, 16, 4, gqa(512, 512, 128)), "qwen3_moe", 8, 256, 1),

@@ -46,6 +46,7 @@ def main() -> None:
             "perplexity": partial(ablation, "perplexity", 1, 2),
             "routing": partial(ablation, "routing_agreement", 100, 1),
         },
+        "docs/awq.md": {"speed": awq_speed},
         "docs/scaling.md": {
             "measured": scaled,
             "memory": layer_memory,
@@ -289,6 +290,25 @@ def layer_time() -> str:
                 f"| {model['model']} | {device} | {cells} | {sum(parts.values()) / in_hours:.1f}"
                 f"{unit} | {model['layers']}{dense} | {total} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def awq_speed() -> str:
+    """Return medians of CPU seconds, and llm-compressor's over ours, paired by seed."""
+    runs = json.loads((RESULTS / "awq_speed.json").read_text())
+    cpu = {(r["awq"], r["batch_size"], r["seed"]): r["cpu_s"] for r in runs}
+    seeds = sorted({seed for *_, seed in cpu})
+    lines = [
+        "| sequences at a time | llm-compressor, CPU s | ours, CPU s | ratio |",
+        "|---" * 4 + "|",
+    ]
+    for size in sorted({batch_size for _, batch_size, _ in cpu}):
+        theirs, ours = (
+            [cpu[name, size, seed] for seed in seeds] for name in ("llm-compressor", "ours")
+        )
+        ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+        medians = " | ".join(f"{statistics.median(of):.0f}" for of in (theirs, ours))
+        lines.append(f"| {size} | {medians} | {ratio:.1f} |")
     return "\n".join(lines) + "\n"
 
 
