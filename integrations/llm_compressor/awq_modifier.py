@@ -340,7 +340,9 @@ class MoEQuantAWQModifier(AWQModifier):
             linear, original = self._judged
             moments = self._moments[linear]
             change = linear.weight - original
-            return mean_output_loss(change, moments.hessian, moments.weight_sum)
+            loss = mean_output_loss(change, moments.hessian, moments.weight_sum)
+            # the same on all ranks but for rounding: one choice, or scales would not match
+            return ranks.mean_over_ranks(loss, 1, change.device)
         if self._has_padding and (masks := self._masks()):
             fp16_outputs = list(map(without_padding, fp16_outputs, masks))
             int_w_outputs = list(map(without_padding, int_w_outputs, masks))
