@@ -16,6 +16,7 @@ NATURAL = {"text": "natural text", "power": 1.0}
 # name: (which cases, what they are compared with)
 EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "GPTQ for rounding to nearest": ({"method": "GPTQ", **NATURAL}, NEAREST),
+    "ranges by MSE for GPTQ": ({"method": "GPTQ, ranges by MSE"}, {"method": "GPTQ"}),
     "AWQ before rounding to nearest": ({"method": "AWQ", **NATURAL}, NEAREST),
     "our AWQ for llm-compressor's": (
         {"method": "AWQ", **NATURAL},

@@ -10,7 +10,8 @@ character 0x1E; ``--sequences 128 --length 2048`` is the paper's size. All cases
 their data, so differences are paired. Affinity power 0 is the plain method on routed tokens, 1 the
 paper's; rounding to nearest sees no data. Beside natural text and the paper's guided search (EBSS)
 there is text that the model writes unguided, which is our default where no data are given.
-llm-compressor's own AWQ and our clipping behind AWQ stand beside it for our models.
+For our models llm-compressor's own AWQ, clipping behind ours and GPTQ on the grids of the host's
+MSE observer stand beside it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ Modifiers = Callable[[float, dict[str, object]], list[object]]
 METHODS: dict[str, Modifiers] = {
     "RTN": lambda _, scheme: [QuantizationModifier(**scheme)],
     "GPTQ": lambda power, scheme: [MoEQuantModifier(affinity_power=power, **scheme)],
+    "GPTQ, ranges by MSE": lambda power, scheme: [
+        MoEQuantModifier(affinity_power=power, weight_observer="memoryless_mse", **scheme)
+    ],
     "AWQ": lambda power, scheme: [
         MoEQuantAWQModifier(affinity_power=power),
         QuantizationModifier(**scheme),
@@ -138,10 +142,11 @@ def cases_of(corpus: Corpus, grids: list[str], seeds: tuple[int, ...]) -> Iterat
     """Yield all cases, seed by seed, so that an interrupted table has whole seeds."""
     for grid in grids:
         yield Case(corpus.name, grid, "RTN")
-    # beside the paper's table, on one text of our models: the AWQ that there was, and our clipping
+    # beside the paper's table, on one text of our models
     texts = TEXTS[:1] if isinstance(corpus.model, Path) else ()
     others = {
         "RTN": ((), ()),
+        "GPTQ, ranges by MSE": (texts, POWERS),
         "AWQ, llm-compressor": (texts, (None,)),
         "AWQ, clipped": (texts, POWERS),
     }

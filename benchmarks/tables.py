@@ -235,12 +235,12 @@ def scaled() -> str:
     """Return what one layer was predicted to take and took: medians, and the ratio of each run."""
     runs = json.loads((RESULTS / "scaling.json").read_text())["runs"]
     lines = [
-        "| layer | tokens | | predicted | measured | predicted / measured, each run |",
-        "|---" * 6 + "|",
+        "| machine | layer | tokens | | predicted | measured | predicted / measured, each run |",
+        "|---" * 7 + "|",
     ]
     rows = {"passes, CPU s": "passes_s", "solve, CPU s": "solve_s", "both, CPU s": "cpu_s"}
-    for layer in dict.fromkeys(r["layer"] for r in runs):
-        found = [r for r in runs if r["layer"] == layer]
+    for machine, layer in dict.fromkeys((r["machine"], r["layer"]) for r in runs):
+        found = [r for r in runs if (r["machine"], r["layer"]) == (machine, layer)]
         tokens = f"{found[0]['sequences']} x {found[0]['length']}"
         for name, key in {**rows, "peak above loading, MB": "bytes"}.items():
             unit = 1e6 if key == "bytes" else 1
@@ -250,7 +250,7 @@ def scaled() -> str:
             )
             ratios = [f"{r['predicted'][key] / r['measured'][key]:.2f}" for r in found]
             lines.append(
-                f"| {layer} | {tokens} | {name} | {predicted:.0f} | {measured:.0f} "
+                f"| {machine} | {layer} | {tokens} | {name} | {predicted:.0f} | {measured:.0f} "
                 f"| {', '.join(ratios)} |"
             )
     return "\n".join(lines) + "\n"
