@@ -74,11 +74,9 @@ def check_source(layout: Layout, source: Layout) -> Iterator[Finding]:
 def _modifiers(directory: Path) -> set[str]:
     """Return the class names of the modifiers that made a checkpoint, where the host wrote them."""
     recipe = directory / "recipe.yaml"
-    return (
-        set(re.findall(r"^\s*(\w+):", recipe.read_text(errors="replace"), re.M))
-        if recipe.exists()
-        else set()
-    )
+    if not recipe.exists():
+        return set()
+    return set(re.findall(r"^\s*(\w+):", recipe.read_text(errors="replace"), re.M))
 
 
 def relative_errors(layout: Layout, source: Layout) -> Iterator[tuple[Linear, float]]:

@@ -40,7 +40,8 @@ for directory in sys.argv[1:]:
     num_packed = len(packed_modules(model))
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
-        text = model.generate(tokens[:, :4], max_new_tokens=8, do_sample=False)
+        length = {"min_new_tokens": 8, "max_new_tokens": 8}  # whatever token would end it
+        text = model.generate(tokens[:, :4], **length, do_sample=False)
     assert len(packed_modules(model)) == num_packed
     torch.save([num_packed, logits, text], directory + "/probe.pt")
 """
