@@ -11,7 +11,7 @@ except ImportError as error:
         "moeq_plugin's modifiers need llm-compressor: pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 
-from moeq_plugin.integrations.llm_compressor.awq_modifier import MoEQuantAWQModifier
+from moeq_plugin.integrations.llm_compressor.awq.modifier import MoEQuantAWQModifier
 from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor.rotation import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.rwkv_modifier import RWKVQuantModifier

@@ -10,8 +10,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 from moeq_plugin import MoEQuantAWQModifier
-from moeq_plugin.integrations.llm_compressor import awq_batches, awq_modifier
-from moeq_plugin.integrations.llm_compressor.awq_batches import merged
+from moeq_plugin.integrations.llm_compressor.awq import batches as module
+from moeq_plugin.integrations.llm_compressor.awq import modifier
+from moeq_plugin.integrations.llm_compressor.awq.batches import merged
 
 
 def cache_of(calls):
@@ -30,7 +31,7 @@ def test_every_token_that_is_no_padding_stays_in_its_order():
 
     batches = [batch["hidden_states"] for batch in larger]
     assert [len(batch) for batch in batches] == [1, 1]
-    assert batches[0].shape[1] >= awq_batches._TOKENS > batches[1].shape[1]
+    assert batches[0].shape[1] >= module._TOKENS > batches[1].shape[1]
     kept = [
         rows.flatten(0, 1) if m is None else rows[m] for rows, m in zip(hidden, masks, strict=True)
     ]
@@ -58,7 +59,7 @@ def test_the_size_of_batches_does_not_matter(family, monkeypatch, tmp_path):
 
     losses = []
     for merge in (spy, lambda *_: None):
-        monkeypatch.setattr(awq_modifier, "merged", merge)
+        monkeypatch.setattr(modifier, "merged", merge)
         awq = MoEQuantAWQModifier(n_grid=4)
         rounding = QuantizationModifier(config_groups=int4(16, symmetric=False), ignore=["lm_head"])
         oneshot(tiny_model(family, tmp_path), [awq, rounding], dataset(6))

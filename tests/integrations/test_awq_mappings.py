@@ -11,7 +11,7 @@ pytest.importorskip("llmcompressor")
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.awq_mappings import find_mappings
+from moeq_plugin.integrations.llm_compressor.awq.mappings import find_mappings
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
 
 

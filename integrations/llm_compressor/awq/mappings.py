@@ -1,6 +1,6 @@
 """Which scales AWQ may move from one module's output into the inputs of the next, by structure.
 
-Every mapping that can be tried by itself is tried before it is used (``awq_probes.py``).
+Every mapping that can be tried by itself is tried before it is used (``probes.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.awq_probes import (
+from moeq_plugin.integrations.llm_compressor.awq.probes import (
     commutes,
     reads_through,
     scales_with_weight,

@@ -20,20 +20,20 @@ from torch import nn
 
 from moeq_plugin.core.awq import mean_output_loss
 from moeq_plugin.integrations.llm_compressor import preflight, ranks
-from moeq_plugin.integrations.llm_compressor.awq_batches import merged, without_padding
-from moeq_plugin.integrations.llm_compressor.awq_calibration import SmoothingCalibration
-from moeq_plugin.integrations.llm_compressor.awq_clipping import clip_linear, clippable
-from moeq_plugin.integrations.llm_compressor.awq_host import (
+from moeq_plugin.integrations.llm_compressor.awq.batches import merged, without_padding
+from moeq_plugin.integrations.llm_compressor.awq.calibration import SmoothingCalibration
+from moeq_plugin.integrations.llm_compressor.awq.clipping import clip_linear, clippable
+from moeq_plugin.integrations.llm_compressor.awq.host import (
     summed_already,
     unquantized,
     without_pinning,
 )
-from moeq_plugin.integrations.llm_compressor.awq_mappings import (
+from moeq_plugin.integrations.llm_compressor.awq.mappings import (
     FoundMappings,
     find_mappings,
     judged_alone,
 )
-from moeq_plugin.integrations.llm_compressor.awq_preflight import check_mappings, check_request
+from moeq_plugin.integrations.llm_compressor.awq.preflight import check_mappings, check_request
 from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
 from moeq_plugin.integrations.llm_compressor.compression import guard
 from moeq_plugin.integrations.llm_compressor.environment import run_facts, versions
