@@ -25,6 +25,10 @@ ALLOWED = {
         "loguru", "pydantic", "safetensors", "tqdm", OURS + "core", OURS + "models",
         OURS + "report", OURS + "integrations.llm_compressor",
     },
+    "integrations/llm_compressor/awq": {
+        "torch", "llmcompressor", "compressed_tensors", "loguru", "pydantic", OURS + "core",
+        OURS + "models", OURS + "report", OURS + "integrations.llm_compressor",
+    },
     # transformers quantizes while loading by running llm-compressor: this door leads to that room,
     # and never the other way round
     "integrations/hf": {
