@@ -62,6 +62,44 @@ def test_rounds_as_the_papers_algorithm_does_in_float64(grid, block_size, actord
         torch.testing.assert_close(solution.weight[e], expected)
 
 
+def positions(weight, hessian, rounded, grid):
+    """Where each column lies between codes, given what those before it became, in float64."""
+    scale, zero_point = (q.double() for q in choose_grid(weight, grid))
+    columns = weight.shape[1]
+    group = grid.group_of_column(columns)
+    W, H = weight.double().clone(), hessian.double()
+    Hinv = torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(columns).double())
+    found = torch.empty_like(W)
+    for i in range(columns):
+        found[:, i] = W[:, i] / scale[:, group[i]] + zero_point[:, group[i]]
+        error = (W[:, i] - rounded[:, i].double()) / Hinv[i, i]
+        W -= torch.outer(error, Hinv[i]) * (torch.arange(columns) > i)
+        Hinv = Hinv - torch.outer(Hinv[:, i], Hinv[i]) / Hinv[i, i]
+    return found
+
+
+def test_sums_in_another_order_change_codes_at_ties_only():
+    """As several processes make them; behind a row's first tie everything may differ."""
+    weight, inputs, _ = problem(experts=1, rows=40_000, columns=128, tokens=64)
+    parts = [2 * batch.T @ batch for batch in inputs[0].split(2)]
+    one = sum(parts)
+    several = sum(parts[:20]) + (sum(parts[20:41]) + sum(parts[41:]))
+    grid = Grid(4, 16)
+    qparams = choose_grid(weight, grid)
+
+    first, second = (
+        solve(weight, [hessian.clone()], *qparams, grid, actorder=False).weight[0]
+        for hessian in (one, several)
+    )
+
+    rows = (first != second).any(1).nonzero().flatten()
+    assert 0 < len(rows) < 0.01 * len(first)
+    tie = (first != second)[rows].int().argmax(1)
+    exact = sum(2 * batch.double().T @ batch.double() for batch in inputs[0].split(2))
+    position = positions(weight[0, rows], exact, first[rows], grid).gather(1, tie[:, None])
+    assert (position.frac().abs() - 0.5).abs().max() < 1e-4
+
+
 def test_the_factor_is_a_root_of_the_inverse():
     _, _, hessian = problem(columns=8)
     order = torch.stack(
