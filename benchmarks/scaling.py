@@ -106,11 +106,12 @@ def main() -> None:
         found = json.loads(RESULT.read_text())
     cases = QUICK if arguments.quick else CASES
     wanted = [(name, number) for name, of in cases.items() for number in range(of.rounds)]
+    machine = _machine()
     there = {(run["machine"], run["layer"], run["round"]) for run in found["runs"]}
     for name, number in sorted(wanted, key=lambda run: run[1]):  # all layers once, then again
-        if (_machine(), name, number) in there:
+        if (machine, name, number) in there:
             continue
-        run = {"machine": _machine(), "layer": name, "round": number, **_in_a_process(name)}
+        run = {"machine": machine, "layer": name, "round": number, **_in_a_process(name)}
         found["runs"].append(run)
         print(json.dumps(found["runs"][-1], indent=1), flush=True)
         _keep(found, arguments.quick)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import is_distributed
+from compressed_tensors.distributed import get_source_rank, is_distributed
 from compressed_tensors.offload import update_offload_parameter
 from torch import distributed, nn
 
@@ -154,7 +154,7 @@ def own_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     distributed.barrier()
     yield
     for parameter, memory in zip(parameters, shared, strict=True):
-        distributed.broadcast(parameter.data, src=0)
+        distributed.broadcast(parameter.data, src=get_source_rank())
         parameter.data = memory.copy_(parameter.data)
     distributed.barrier()
 
@@ -168,6 +168,12 @@ def in_turn() -> Iterator[None]:
         distributed.barrier()
     yield
     for _ in range(ours, turns):
+        distributed.barrier()
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here; a process alone does not wait."""
+    if is_distributed():
         distributed.barrier()
 
 

@@ -18,7 +18,7 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.core.hadamard import Rotation, random_rotation
-from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor import preflight, ranks
 from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
 from moeq_plugin.models.residual import ResidualStream, find_residual_stream
 
@@ -96,7 +96,7 @@ def rotate(stream: ResidualStream, rotation: Rotation) -> None:
         stream: what touches it.
         rotation: of its size.
     """
-    _wait_for_all()  # some may still be running the model as it was
+    ranks.wait_for_all()  # some may still be running the model as it was
     rotation = rotation.to(_float64_device())
     _replace(stream.embedding, "weight", rotation.of_reader)
     for read in stream.reads:
@@ -108,7 +108,7 @@ def rotate(stream: ResidualStream, rotation: Rotation) -> None:
         _replace(writer, "weight", rotation.of_writer)
         if getattr(writer, "bias", None) is not None:
             _replace(writer, "bias", rotation.of_bias)
-    _wait_for_all()
+    ranks.wait_for_all()
 
 
 def _float64_device() -> torch.device:
@@ -124,11 +124,6 @@ def _replace(module: nn.Module, name: str, change: Callable[[torch.Tensor], torc
     if is_distributed():
         distributed.broadcast(new, src=get_source_rank())
     update_offload_parameter(module, name, new)
-
-
-def _wait_for_all() -> None:
-    if is_distributed():
-        distributed.barrier()
 
 
 def _hadamard(order: int, seed: int) -> torch.Tensor | None:

@@ -136,7 +136,7 @@ class MoEQuantAWQModifier(AWQModifier):
     _scales: dict[nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
     _clippable: set[nn.Module] = PrivateAttr(default_factory=set)
     _judged: tuple[nn.Linear, torch.Tensor] | None = PrivateAttr(default=None)
-    _has_padding: bool = PrivateAttr(default=True)  # the outputs of the block that is searched
+    _output_masks: list[torch.Tensor | None] = PrivateAttr(default_factory=list)  # of its block
     _undo: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -200,6 +200,7 @@ class MoEQuantAWQModifier(AWQModifier):
         calibration.check_finite(self._names)
         with torch.no_grad(), disable_offloading(), unquantized(state.model):
             self._guard_moments(calibration)
+            self._merge_batches()
             wanted = self._hand_over(calibration)
             with ranks.own_copies(self._modules_of_layer(calibration)):
                 with without_pinning(), summed_already():
@@ -269,7 +270,6 @@ class MoEQuantAWQModifier(AWQModifier):
         """Give the host what it searches by; return the names of mappings it is to smooth."""
         assert self._record is not None  # set in on_calibration_start
         self._smooth_activation_stats.clear()  # of the host's own hooks, which count padding
-        blocks = {layer.block for layer in self._layers}
         for mapping in self._resolved_mappings:
             magnitude = calibration.magnitudes.get(mapping.smooth_name)
             if magnitude is None:
@@ -280,11 +280,6 @@ class MoEQuantAWQModifier(AWQModifier):
                 self._record.left_out[mapping.smooth_name] = _NO_TOKENS
                 continue
             stats = [magnitude.total, magnitude.count]
-            if mapping.parent in blocks and mapping.parent not in self._merged:
-                batches = merged(self._parent_args_cache[mapping.parent], self._masks())
-                if batches is not None:
-                    self._parent_args_cache[mapping.parent] = batches
-                    self._merged.add(mapping.parent)
             if moments is not None and linear is not None:
                 # the host wants an input to run and none is needed: the loss asks the moments
                 cache = IntermediatesCache(None, self.offload_device)
@@ -295,6 +290,17 @@ class MoEQuantAWQModifier(AWQModifier):
                     stats = [squares.sqrt(), torch.ones(())]
             self._smooth_activation_stats[mapping.smooth_name] = stats
         return list(self._smooth_activation_stats)
+
+    def _merge_batches(self) -> None:
+        """Let the layer's MoE block, which treats every token by itself, run on few batches."""
+        for layer in self._layers:
+            cache = self._parent_args_cache.get(layer.block)
+            if not cache:
+                continue  # of another layer, or nothing smooths it
+            batches = merged(cache, self._masks())
+            if batches is not None:
+                self._parent_args_cache[layer.block] = batches
+                self._merged.add(layer.block)
 
     def _modules_of_layer(self, calibration: SmoothingCalibration) -> list[nn.Module]:
         """Return what the layer's smoothing and clipping change, in the order of their names."""
@@ -313,7 +319,7 @@ class MoEQuantAWQModifier(AWQModifier):
         """Let the host search, and note what it found."""
         linear = judged_alone(mapping)
         self._judged = None if linear is None else (linear, orig_layer_weights[linear])
-        self._has_padding = mapping.parent not in self._merged
+        self._output_masks = [] if mapping.parent in self._merged else self._masks()
         scales = super()._compute_best_scale(mapping, fp16_outputs, orig_layer_weights)
         self._scales.update(dict.fromkeys(mapping.balance_layers, scales))
         moments = self._moments[linear] if linear is not None else None
@@ -343,9 +349,9 @@ class MoEQuantAWQModifier(AWQModifier):
             loss = mean_output_loss(change, moments.hessian, moments.weight_sum)
             # the same on all ranks but for rounding: one choice, or scales would not match
             return ranks.mean_over_ranks(loss, 1, change.device)
-        if self._has_padding and (masks := self._masks()):
-            fp16_outputs = list(map(without_padding, fp16_outputs, masks))
-            int_w_outputs = list(map(without_padding, int_w_outputs, masks))
+        if self._output_masks:
+            fp16_outputs = list(map(without_padding, fp16_outputs, self._output_masks))
+            int_w_outputs = list(map(without_padding, int_w_outputs, self._output_masks))
         mean = float(super()._compute_loss(fp16_outputs, int_w_outputs))
         count = sum(outputs.numel() for outputs in fp16_outputs)
         return ranks.mean_over_ranks(mean, count, fp16_outputs[0].device)
