@@ -35,8 +35,8 @@ from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.allocation import BitBudget, InfeasibleBudgetError, allocate_bits
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.integrations.llm_compressor.options import parse_options
-from moeq_plugin.integrations.llm_compressor.sensitivity import (
+from moeq_plugin.integrations.llm_compressor.allocation.options import parse_options
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
     SensitivityConfig,
     SensitivityModifier,
 )

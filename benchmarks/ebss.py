@@ -31,11 +31,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.sampling import EBSSConfig, expert_imbalance
-from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
+from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.models.routing import RoutingTap, weight_sums
-from moeq_plugin.report.sampling import distinct_ngrams
+from moeq_plugin.records.sampling import distinct_ngrams
 
 RESULT = Path(__file__).parent / "results" / "ebss.json"
 SEQUENCES, LENGTH, HELDOUT = 32, 256, 48

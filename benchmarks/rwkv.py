@@ -30,7 +30,7 @@ from llmcompressor import oneshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import moeq_plugin.models.rwkv7  # noqa: F401 - registers the architecture
+import moeq_plugin.rwkv.rwkv7  # noqa: F401 - registers the architecture
 from moeq_plugin import RWKVQuantModifier
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
@@ -42,7 +42,7 @@ from moeq_plugin.models.packed import (
     packed_modules,
     unpack_modules,
 )
-from moeq_plugin.models.rwkv_parts import ElementwiseScale
+from moeq_plugin.rwkv.layers import ElementwiseScale
 
 RESULT = ROOT / "benchmarks" / "results" / "rwkv.json"
 SEQUENCES, LENGTH, HELDOUT, SEEDS = 16, 128, 32, (0, 1, 2)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import evaluate
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
 RESULT = Path(__file__).parent / "results" / "several_processes.json"
 EXAMPLE = ROOT / "examples" / "several_processes.py"

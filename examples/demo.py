@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.models.evaluation import evaluate
-from moeq_plugin.report.record import RunRecord
+from moeq_plugin.records.run import RunRecord
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "tiny_moe"

@@ -15,7 +15,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moeq_plugin.integrations.hf  # noqa: F401 - reads codebooks
-import moeq_plugin.models.rwkv  # noqa: F401 - makes transformers know RWKV-6 and RWKV-7
+import moeq_plugin.rwkv  # noqa: F401 - makes transformers know RWKV-6 and RWKV-7
 from moeq_plugin import RWKVQuantModifier
 
 ASSETS = Path(__file__).parent / "assets"

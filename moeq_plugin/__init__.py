@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         MoEQuantModifier,
         RWKVQuantModifier,
     )
-    from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset
+    from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset
     from moeq_plugin.models.evaluation import evaluate
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _HOMES = {
     "RWKVQuantModifier": "moeq_plugin.integrations.llm_compressor",
     "SensitivityTable": "moeq_plugin.core.sensitivity",
     "allocate_bits": "moeq_plugin.core.allocation",
-    "ebss_dataset": "moeq_plugin.integrations.llm_compressor.ebss",
+    "ebss_dataset": "moeq_plugin.integrations.llm_compressor.self_sampling.dataset",
     "evaluate": "moeq_plugin.models.evaluation",
     "verify_checkpoint": "moeq_plugin.checkpoint.verify",
 }

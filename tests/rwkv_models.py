@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moeq_plugin.models.rwkv import RWKV6Config, RWKV6ForCausalLM, RWKV7Config, RWKV7ForCausalLM
+from moeq_plugin.rwkv import RWKV6Config, RWKV6ForCausalLM, RWKV7Config, RWKV7ForCausalLM
 
 VERSIONS = ["rwkv6", "rwkv7"]
 VOCABULARY = 61

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from moeq_plugin.cli import app
 from moeq_plugin.cli.display import Timed
 from moeq_plugin.cli.quantize import _of_recipe
-from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
-from moeq_plugin.report.progress import Progress, listening
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import WorkDir
+from moeq_plugin.records.progress import Progress, listening
 
 runner = CliRunner()
 

@@ -6,9 +6,9 @@ import json
 import struct
 from pathlib import Path
 
-from moeq_plugin.report.quality import Continuation, QualityRecord, TaskScore
-from moeq_plugin.report.record import Basis, LinearRecord, RunRecord, save_records
-from moeq_plugin.report.sampling import SamplingReport
+from moeq_plugin.records.quality import Continuation, QualityRecord, TaskScore
+from moeq_plugin.records.run import Basis, LinearRecord, RunRecord, save_records
+from moeq_plugin.records.sampling import SamplingReport
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 16, 32
 EXPERT_KINDS = ("gate_proj", "up_proj", "down_proj")

@@ -17,7 +17,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq_plugin.integrations.hf.oneshot_door import (
+from moeq_plugin.integrations.hf.quantize_model import (
     MAX_SEQ_LENGTH,
     NUM_CALIBRATION_SAMPLES,
     Calibration,

@@ -12,15 +12,17 @@ except ImportError as error:
     ) from error
 
 from moeq_plugin.integrations.llm_compressor.awq.modifier import MoEQuantAWQModifier
-from moeq_plugin.integrations.llm_compressor.modifier import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.moequant.modifier import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor.rotation import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.rwkv_modifier import RWKVQuantModifier
+from moeq_plugin.integrations.llm_compressor.rwkv.modifier import RWKVQuantModifier
 
 __all__ = [
     "MoEQuantAWQModifier",
     "MoEQuantModifier",
     "RWKVQuantModifier",
     "ResidualRotationModifier",
+    "load_dequantized",
 ]
 
 for _modifier in (

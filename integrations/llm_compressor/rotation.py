@@ -18,8 +18,9 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.core.hadamard import Rotation, random_rotation
-from moeq_plugin.integrations.llm_compressor import preflight, ranks
-from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
+from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.observations import run_routed_tokens_only
 from moeq_plugin.models.residual import ResidualStream, find_residual_stream
 
 

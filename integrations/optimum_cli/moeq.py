@@ -37,7 +37,7 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from moeq_plugin.cli.shared import read_dataset
-        from moeq_plugin.integrations.hf.gptq_quantizer import MoEGPTQQuantizer
+        from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
         quantizer = MoEGPTQQuantizer(
             bits=self.args.bits,

@@ -1,7 +1,7 @@
 """Which linears and other tensors a model has, as its config says, for the families we know.
 
 Nothing is built: names and shapes follow from a dozen numbers. What a config of another family
-describes is read off the file instead (:mod:`moeq_plugin.checkpoint.inference`).
+describes is read off the file instead (:mod:`moeq_plugin.checkpoint.infer_architecture`).
 """
 
 from __future__ import annotations

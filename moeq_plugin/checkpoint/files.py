@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeq_plugin.checkpoint.findings import Finding, error
+from moeq_plugin.checkpoint.checks.findings import Finding, error
 from moeq_plugin.checkpoint.headers import (
     StoredTensor,
     UnreadableFileError,

@@ -10,7 +10,7 @@ from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
 from moeq_plugin.checkpoint.files import Checkpoint
 from moeq_plugin.checkpoint.formats import stored_scheme
 from moeq_plugin.checkpoint.headers import StoredTensor
-from moeq_plugin.checkpoint.inference import infer_architecture
+from moeq_plugin.checkpoint.infer_architecture import infer_architecture
 from moeq_plugin.checkpoint.lookup import Lookup
 from moeq_plugin.checkpoint.names import canonical, split_tensor
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.architecture import KEPT, Architecture, Role
+from moeq_plugin.checkpoint.checks.findings import Finding
+from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
+from moeq_plugin.checkpoint.checks.schemes import check_units
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
 from moeq_plugin.checkpoint.files import Checkpoint, open_checkpoint
-from moeq_plugin.checkpoint.findings import Finding
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
 from moeq_plugin.checkpoint.names import canonical, layer_of, split_tensor
-from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
-from moeq_plugin.checkpoint.serving import check_units
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeq_plugin.checkpoint.compare import check_source
+from moeq_plugin.checkpoint.checks.findings import INCOMPLETE, Finding, Report
+from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
+from moeq_plugin.checkpoint.checks.schemes import check_lookups, check_units
+from moeq_plugin.checkpoint.checks.source import check_source
+from moeq_plugin.checkpoint.checks.structure import check_structure
+from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
+from moeq_plugin.checkpoint.checks.values import check_values
 from moeq_plugin.checkpoint.files import open_checkpoint
-from moeq_plugin.checkpoint.findings import INCOMPLETE, Finding, Report
 from moeq_plugin.checkpoint.layout import Layout, lay_out
-from moeq_plugin.checkpoint.parallel import check_parallel
-from moeq_plugin.checkpoint.readers import check_transformers, check_vllm
-from moeq_plugin.checkpoint.serving import check_lookups, check_units
-from moeq_plugin.checkpoint.structure import check_structure
-from moeq_plugin.checkpoint.values import check_values
 
 TARGETS = ("vllm", "transformers", "gguf")
 

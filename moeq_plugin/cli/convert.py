@@ -30,8 +30,8 @@ def convert(
     """
     with errors("convert"):
         from moeq_plugin.core.gptq_format import ZeroPoints
-        from moeq_plugin.integrations.hf import convert as checkpoints
-        from moeq_plugin.integrations.hf.tensor_names import Names
+        from moeq_plugin.integrations.hf.gptq import convert as checkpoints
+        from moeq_plugin.integrations.hf.gptq.names import Names
 
         zeros = None if zero_points is None else ZeroPoints(zero_points)
         num_linears = checkpoints.convert(source, out, to, zero_points=zeros, names=Names(names))

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from moeq_plugin.report.progress import Progress, listening
+from moeq_plugin.records.progress import Progress, listening
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -68,7 +68,7 @@ class Timed:
 
     def event(self, step: Progress) -> dict[str, Any]:
         """Return a step with what is known about it, for machines."""
-        from moeq_plugin.integrations.llm_compressor.environment import peak_memory
+        from moeq_plugin.records.environment import peak_memory
 
         now = self._clock()
         if step.phase != self._phase:

@@ -51,7 +51,7 @@ def evaluate(
         summary,
     )
     from moeq_plugin.cli.tasks import check_tasks, score_tasks
-    from moeq_plugin.report.quality import QualityRecord
+    from moeq_plugin.records.quality import QualityRecord
 
     with errors("eval"):
         names = [name for name in (tasks or "").split(",") if name]

@@ -79,7 +79,7 @@ def plan(
 
 def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
     """Yield what quantization will do and write, and what servers will not do with it."""
-    from moeq_plugin.checkpoint.planning import plan_quantization
+    from moeq_plugin.checkpoint.plan import plan_quantization
     from moeq_plugin.checkpoint.presets import scheme_named
 
     parsed = scheme_named(scheme)
@@ -120,7 +120,7 @@ def _probe(
     Raises:
         ValueError: if there is no data to run them on.
     """
-    from moeq_plugin.checkpoint.planning import plan_quantization
+    from moeq_plugin.checkpoint.plan import plan_quantization
     from moeq_plugin.checkpoint.presets import scheme_named
     from moeq_plugin.cli.probe import predict
 
@@ -152,7 +152,7 @@ def _measure(
     num_calibration_samples: int,
     max_seq_length: int,
 ) -> None:
-    from moeq_plugin.integrations.llm_compressor.sensitivity import SensitivityModifier
+    from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
     modifier = SensitivityModifier(**({"options": options} if options else {}))
     run_oneshot(

@@ -106,7 +106,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
 
     from moeq_plugin import MoEQuantModifier
     from moeq_plugin.cli.shared import load_model, read_dataset
-    from moeq_plugin.integrations.llm_compressor.environment import peak_resident_memory
+    from moeq_plugin.records.environment import peak_resident_memory
 
     marks = [("start", _clocks())]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moeq_plugin.models.evaluation import evaluate
-from moeq_plugin.report.quality import Continuation, QualityRecord
+from moeq_plugin.records.quality import Continuation, QualityRecord
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NUM_CONTINUATIONS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 40
@@ -51,7 +51,7 @@ def load_quantized(quant: str, dtype: str) -> Any:
     if method != "compressed-tensors":
         loaded: Any = AutoModelForCausalLM.from_pretrained(quant, dtype=dtype)
         return loaded.eval()
-    from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+    from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
     model = load_dequantized(quant)
     return model if dtype == "auto" else model.to(getattr(torch, dtype))

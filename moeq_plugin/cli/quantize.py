@@ -64,8 +64,8 @@ def quantize(
     if ("bits_per_weight" in wanted or "size_gb" in wanted) and sensitivity is None:
         phases.append("measure")
     with errors("quantize"), display(phases=[*phases, "quantize", "save"], jsonl=jsonl):
+        from moeq_plugin.files.atomic import staged
         from moeq_plugin.integrations.llm_compressor.preflight import check_output_dir
-        from moeq_plugin.integrations.llm_compressor.staging import staged
 
         check_output_dir(out)
         _check_work_dir(work_dir, resume=resume)
@@ -128,7 +128,7 @@ def _has_state(work_dir: Path) -> bool:
 def _modifiers(**settings: Any) -> list[Any]:
     """Return what a wish comes to; unlike the host's, a scheme may name its group size."""
     from moeq_plugin import MoEQuantModifier
-    from moeq_plugin.integrations.llm_compressor.options import parse_option
+    from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 
     if "_G" in (scheme := settings.get("scheme", "")):
         group = parse_option(settings.pop("scheme")).for_targets(["Linear"])
@@ -165,7 +165,7 @@ def _of_recipe(path: Path, work_dir: Path) -> list[Any]:
 
 def _health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
     """Return the run in one line, and every linear or scale that is not as asked for."""
-    from moeq_plugin.report.record import FILE_NAME, Basis, RunRecord
+    from moeq_plugin.records.run import FILE_NAME, Basis, RunRecord
 
     if not (checkpoint / FILE_NAME).exists():
         return "written by modifiers of others, which keep no record", []

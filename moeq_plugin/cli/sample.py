@@ -31,7 +31,7 @@ def sample(
         typer.Exit: with code 2 if the request cannot be met.
     """
     from moeq_plugin.core.sampling import EBSSConfig
-    from moeq_plugin.integrations.llm_compressor.ebss import sample_set
+    from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import sample_set
 
     with errors("sample"):
         config = EBSSConfig(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeq_plugin.report.quality import TaskScore
+from moeq_plugin.records.quality import TaskScore
 
 # what people quote where a task has it, before whatever it lists first
 _QUOTED = ("acc_norm", "exact_match", "acc")

@@ -11,7 +11,7 @@ import typer
 from moeq_plugin.cli.shared import app, errors
 
 if TYPE_CHECKING:
-    from moeq_plugin.checkpoint.findings import Finding
+    from moeq_plugin.checkpoint.checks.findings import Finding
 
 
 @app.command()
@@ -56,8 +56,8 @@ def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
     import torch
     from transformers import AutoTokenizer
 
-    from moeq_plugin.checkpoint.findings import error
-    from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+    from moeq_plugin.checkpoint.checks.findings import error
+    from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
     model = load_dequantized(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

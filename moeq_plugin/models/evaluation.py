@@ -15,7 +15,7 @@ from moeq_plugin.models.routing_agreement import (
     RoutingComparison,
     compare_routing,
 )
-from moeq_plugin.models.statistics import mean_and_stderr, quantile_and_stderr
+from moeq_plugin.models.stderr import mean_and_stderr, quantile_and_stderr
 
 _CHUNK = 256  # tokens whose distributions are held in float32 at a time
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
 from moeq_plugin.models.routing import Tap
-from moeq_plugin.models.statistics import mean_and_stderr
+from moeq_plugin.models.stderr import mean_and_stderr
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import distributed, nn
 
 from moeq_plugin.core.beam_search import BeamSearch
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence
-from moeq_plugin.models.branches import Branches
+from moeq_plugin.models.kv_cache import Branches
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
 from moeq_plugin.models.routing import RoutingTap, weight_sums
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moeq_plugin.report import quality
-from moeq_plugin.report.quality import QualityRecord
-from moeq_plugin.report.record import FILE_NAME as RECORD_FILE
-from moeq_plugin.report.record import LinearRecord, RunRecord
+from moeq_plugin.records import quality
+from moeq_plugin.records.quality import QualityRecord
+from moeq_plugin.records.run import FILE_NAME as RECORD_FILE
+from moeq_plugin.records.run import LinearRecord, RunRecord
 from moeq_plugin.report.stored import Stored, read_stored
 
 SENSITIVITY_FILE = "moeq_sensitivity.json"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeq_plugin.records.run import Basis
 from moeq_plugin.report.directory import Findings
-from moeq_plugin.report.record import Basis
 from moeq_plugin.report.section import Section, Table, number, percent, size
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
-from moeq_plugin.checkpoint.parallel import why_indivisible
+from moeq_plugin.checkpoint.checks.tensor_parallel import why_indivisible
 from moeq_plugin.checkpoint.schemes import Scheme
 
 INT4 = Scheme("pack-quantized", 4, 32)

@@ -13,10 +13,10 @@ from moeq_plugin import MoEQuantModifier
 from moeq_plugin.checkpoint.files import open_checkpoint
 from moeq_plugin.checkpoint.formats import tensors_of
 from moeq_plugin.checkpoint.layout import lay_out
-from moeq_plugin.checkpoint.planning import Output, plan_quantization
+from moeq_plugin.checkpoint.plan import Output, plan_quantization
 from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.checkpoint.schemes import Scheme
-from moeq_plugin.integrations.llm_compressor.options import parse_option
+from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT.parent / "shared" / "models" / "moe_small"

@@ -7,7 +7,7 @@ from checkpoints import RECIPES, VARIANTS, copy_of, edited_config, edited_tensor
 from helpers import FAMILIES, int4, oneshot, tiny_model
 
 from moeq_plugin import verify_checkpoint
-from moeq_plugin.checkpoint.findings import CHECKS
+from moeq_plugin.checkpoint.checks.findings import CHECKS
 from moeq_plugin.checkpoint.verify import TARGETS
 
 # what is true of sound checkpoints all the same: an error for some reader, a warning for others
@@ -86,7 +86,7 @@ def test_weights_that_were_scaled_or_rotated_are_not_held_against_a_checkpoint(n
 
 def test_the_gptq_format_is_read_bit_by_bit(sound, tmp_path):
     """The same codes in another format are as far from the source as before."""
-    from moeq_plugin.checkpoint.compare import relative_errors
+    from moeq_plugin.checkpoint.checks.source import relative_errors
     from moeq_plugin.checkpoint.files import open_checkpoint
     from moeq_plugin.checkpoint.layout import lay_out
 

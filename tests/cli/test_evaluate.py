@@ -15,8 +15,8 @@ from moeq_plugin import MoEQuantModifier
 from moeq_plugin.cli import app
 from moeq_plugin.cli.quality import load_quantized, read_windows
 from moeq_plugin.cli.tasks import task_score
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
-from moeq_plugin.report.quality import QualityRecord
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
+from moeq_plugin.records.quality import QualityRecord
 
 runner = CliRunner()
 

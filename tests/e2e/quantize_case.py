@@ -84,7 +84,7 @@ def quantize(case: str, out: Path) -> None:
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import moeq_plugin.models.rwkv  # noqa: F401 - makes transformers know RWKV
+    import moeq_plugin.rwkv  # noqa: F401 - makes transformers know RWKV
 
     path = ASSETS / CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(path)

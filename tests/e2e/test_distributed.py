@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, SensitivityTable
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.work_dir import WorkDir
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import WorkDir
 
 
 def run(model_path, out, **settings):
@@ -49,7 +49,7 @@ def worker(rank, world_size, rendezvous, model_path, out, settings):
 
         def begin_and_die_later(self, data):
             keep_alive(self, data)
-            from moeq_plugin.integrations.llm_compressor import ranks
+            from moeq_plugin.integrations.llm_compressor.calibration import ranks
 
             exchange, count = ranks.exchange, iter(range(100))
 

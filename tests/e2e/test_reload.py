@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("llmcompressor")
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.report.record import RunRecord
+from moeq_plugin.records.run import RunRecord
 
 RELOADABLE = [family for family in FAMILIES if family != "gpt_oss"]
 MIXED = {

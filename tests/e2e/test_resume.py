@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor import work_dir as work_dir_module
-from moeq_plugin.report.record import RunRecord
+from moeq_plugin.integrations.llm_compressor.moequant import run_state as work_dir_module
+from moeq_plugin.records.run import RunRecord
 
 LAYERS = 4
 
@@ -90,7 +90,7 @@ def test_killed_at_20_random_moments_it_continues_to_the_same_file(model_path, t
 def test_a_finished_layer_is_not_solved_again(model_path, tmp_path, monkeypatch):
     run(model_path, tmp_path / "whole", tmp_path / "work")
     monkeypatch.setattr(
-        "moeq_plugin.integrations.llm_compressor.modifier.solve_stack",
+        "moeq_plugin.integrations.llm_compressor.moequant.modifier.solve_stack",
         lambda *_, **__: pytest.fail("solved again"),
     )
     run(model_path, tmp_path / "again", tmp_path / "work")
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_checkpoint(model_path, tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr("moeq_plugin.integrations.llm_compressor.saving.save_records", full)
+        disk.setattr("moeq_plugin.integrations.llm_compressor.checkpoint.saving.save_records", full)
         with pytest.raises(OSError, match="No space left"):
             run(model_path, tmp_path / "out", tmp_path / "work")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "work"]

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.allocation import Allocation, BitBudget, InfeasibleBudgetError, allocate_bits
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
-from moeq_plugin.integrations.llm_compressor.sensitivity import (
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
     SensitivityConfig,
     SensitivityModifier,
 )
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
 OPTIONS = ["W2A16_G16", "W3A16_G16", "W4A16_G16", "W8A16_G16", "UNQUANTIZED"]
 

@@ -18,9 +18,9 @@ from loguru import logger
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.report.record import Basis, RunRecord
+from moeq_plugin.records.run import Basis, RunRecord
 
 KEPT = ["lm_head", "re:.*gate$", "re:.*router$"]
 

@@ -24,8 +24,8 @@ from stored_checkpoints import (
 from moeq_plugin.cli import app
 from moeq_plugin.core.gptq_format import WIDTHS, Codes, GPTQTensors, ZeroPoints, decode
 from moeq_plugin.core.grid import Grid
-from moeq_plugin.integrations.hf.convert import convert
-from moeq_plugin.integrations.hf.tensor_names import Names
+from moeq_plugin.integrations.hf.gptq.convert import convert
+from moeq_plugin.integrations.hf.gptq.names import Names
 
 W4 = Grid(4, 32)
 

@@ -19,10 +19,10 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 
 from moeq_plugin import MoEQuantConfig, MoEQuantModifier
-from moeq_plugin.integrations.hf.convert import convert
 from moeq_plugin.integrations.hf.coverage import check_coverage
-from moeq_plugin.integrations.hf.gptq_quantizer import HOST_DECIDES, MoEGPTQQuantizer
-from moeq_plugin.integrations.hf.oneshot_door import as_dataset
+from moeq_plugin.integrations.hf.gptq.convert import convert
+from moeq_plugin.integrations.hf.gptq.quantizer import HOST_DECIDES, MoEGPTQQuantizer
+from moeq_plugin.integrations.hf.quantize_model import as_dataset
 from moeq_plugin.models.moe import find_moe_layers
 
 DOORS = ["from_pretrained", "Optimum"]

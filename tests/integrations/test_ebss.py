@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.integrations.llm_compressor.ebss import ebss_dataset, sample_set
-from moeq_plugin.integrations.llm_compressor.ebss_file import EBSSFile
+from moeq_plugin.files.sampled_set import EBSSFile
+from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset, sample_set
 from moeq_plugin.models.self_sampling import SelfSampler
 
 TINY = Path(__file__).parents[2] / "examples" / "assets" / "tiny_moe"

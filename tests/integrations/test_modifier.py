@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.report.record import Basis, RunRecord
+from moeq_plugin.records.run import Basis, RunRecord
 
 
 def quantized_weights(model):

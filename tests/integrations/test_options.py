@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
-from moeq_plugin.integrations.llm_compressor.options import parse_option, parse_options
+from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option, parse_options
 
 
 def test_a_preset_means_what_it_means_to_the_host():

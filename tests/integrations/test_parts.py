@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
-from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
-from moeq_plugin.integrations.llm_compressor.parts import Part
+from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 
 
 def watch_of(*batches):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
 from moeq_plugin.models.residual import find_residual_stream
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.loading import load_dequantized
+from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
 
 ATTENTION = [

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llmcompressor")
 
-from moeq_plugin.integrations.llm_compressor.target_names import patterns
+from moeq_plugin.integrations.llm_compressor.allocation.target_patterns import patterns
 
 DENSE = ["self_attn.q_proj", "self_attn.o_proj", "mlp.shared_expert.up_proj"]
 NAMES = [f"model.layers.{n}.{rest}" for n in (0, 1, 2, 10, 11) for rest in DENSE] + [

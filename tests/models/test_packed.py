@@ -13,7 +13,7 @@ from moeq_plugin.models.packed import (
     packed_modules,
     unpack_modules,
 )
-from moeq_plugin.models.rwkv_parts import ElementwiseScale
+from moeq_plugin.rwkv.layers import ElementwiseScale
 
 LINEAR = CodebookFormat(4, 2, group_rows=5, group_columns=16)
 ROW = CodebookFormat(3, 1, group_rows=1, group_columns=48)

@@ -1,8 +1,8 @@
 import pytest
 from written_checkpoint import record, write_checkpoint
 
+from moeq_plugin.records.run import save_records
 from moeq_plugin.report.directory import read_directory
-from moeq_plugin.report.record import save_records
 
 
 def test_everything_that_is_there_is_read(tmp_path):

@@ -4,9 +4,9 @@ import re
 import pytest
 from written_checkpoint import PROMPT, record, write_checkpoint
 
+from moeq_plugin.records.run import save_records
 from moeq_plugin.report import page
 from moeq_plugin.report.directory import read_directory
-from moeq_plugin.report.record import save_records
 
 pytest.importorskip("plotly")
 

@@ -4,7 +4,7 @@ import math
 import pytest
 from written_checkpoint import quality, text
 
-from moeq_plugin.report.quality import QualityRecord, TaskScore
+from moeq_plugin.records.quality import QualityRecord, TaskScore
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

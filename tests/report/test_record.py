@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moeq_plugin.report.record import Basis, LinearRecord, RunRecord, save_records
+from moeq_plugin.records.run import Basis, LinearRecord, RunRecord, save_records
 
 
 @pytest.fixture

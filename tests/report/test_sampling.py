@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from moeq_plugin.report.sampling import SamplingReport, distinct_ngrams, report_on_samples
+from moeq_plugin.records.sampling import SamplingReport, distinct_ngrams, report_on_samples
 
 NATURAL = [list(range(i, i + 40)) for i in range(6)]
 REPEATED = [[1] + [i, 2] * 20 for i in range(6)]

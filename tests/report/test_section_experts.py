@@ -4,8 +4,8 @@ import math
 import pytest
 from written_checkpoint import EXPERTS, LAYERS, effective_tokens, record
 
+from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 from moeq_plugin.report import section_experts
-from moeq_plugin.report.record import Basis, LinearRecord, RunRecord
 
 
 def charts(section):

@@ -1,6 +1,6 @@
 from written_checkpoint import PROMPT
 
-from moeq_plugin.report.record import Basis
+from moeq_plugin.records.run import Basis
 from moeq_plugin.report.section_run import run_section, samples_section, verdict
 
 

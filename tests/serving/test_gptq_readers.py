@@ -139,8 +139,8 @@ def quantized(case: Case, directory: Path) -> dict:
     """Quantize a random model in float16 through Optimum's interface; save; remember."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moeq_plugin.integrations.hf.gptq_quantizer import MoEGPTQQuantizer
-    from moeq_plugin.integrations.hf.tensor_names import Names, renamer
+    from moeq_plugin.integrations.hf.gptq.names import Names, renamer
+    from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
     write_original(case.family, directory / "original")
     model = AutoModelForCausalLM.from_pretrained(directory / "original", dtype=torch.float16)

@@ -41,7 +41,7 @@ def test_it_writes_what_our_own_quantizer_writes(model):
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM
 
-    from moeq_plugin.integrations.hf.gptq_quantizer import MoEGPTQQuantizer
+    from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
     settings = ["--bits", 4, "--group-size", 32, "--dataset", model / "data.jsonl"]
     done = optimum_cli("moeq", model / "model", model / "cli", *settings)

@@ -29,7 +29,7 @@ def test_vllm_says_which_width_it_does_not_know(results):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    from moeq_plugin.integrations.hf.convert import convert
+    from moeq_plugin.integrations.hf.gptq.convert import convert
 
     jobs = []
     for family in FAMILIES:

@@ -9,8 +9,11 @@ import torch
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from torch import distributed, nn
 
-from moeq_plugin.integrations.llm_compressor import ranks
-from moeq_plugin.integrations.llm_compressor.calibration import Calibration, RegisterHook
+from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    RegisterHook,
+)
 
 
 @dataclass

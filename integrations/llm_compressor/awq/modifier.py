@@ -19,7 +19,7 @@ from pydantic import Field, PrivateAttr, field_serializer, field_validator
 from torch import nn
 
 from moeq_plugin.core.awq import mean_output_loss
-from moeq_plugin.integrations.llm_compressor import preflight, ranks
+from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.awq.batches import merged, without_padding
 from moeq_plugin.integrations.llm_compressor.awq.calibration import SmoothingCalibration
 from moeq_plugin.integrations.llm_compressor.awq.clipping import clip_linear, clippable
@@ -34,13 +34,14 @@ from moeq_plugin.integrations.llm_compressor.awq.mappings import (
     judged_alone,
 )
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_mappings, check_request
-from moeq_plugin.integrations.llm_compressor.calibration import run_routed_tokens_only
-from moeq_plugin.integrations.llm_compressor.compression import guard
-from moeq_plugin.integrations.llm_compressor.environment import run_facts, versions
-from moeq_plugin.integrations.llm_compressor.padding import PaddingWatch
-from moeq_plugin.integrations.llm_compressor.saving import prepare_saving
+from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.observations import run_routed_tokens_only
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
+from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
-from moeq_plugin.report.record import Basis, RunRecord
+from moeq_plugin.records.environment import run_facts, versions
+from moeq_plugin.records.run import Basis, RunRecord
 
 _SETTINGS = ("affinity_power", "min_effective_tokens", "seed", "clip", "duo_scaling", "n_grid")
 _NO_TOKENS = "no token reached it"

@@ -1,0 +1,127 @@
+"""The schemes that bit allocation may choose from, by name, and the bytes that each of them stores.
+
+``W4A16`` and the other names of compressed-tensors' presets mean what they mean there;
+``W3A16_G64`` is a preset with another group size, ``UNQUANTIZED`` keeps 16 bits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from torch import nn
+
+from moeq_plugin.integrations.llm_compressor.solving import describe, grid_of
+
+UNQUANTIZED = "UNQUANTIZED"
+DEFAULT_OPTIONS = ("W2A16", "W3A16", "W4A16", "W8A16")
+_GROUP_SIZE = re.compile(r"_G(\d+)$")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for the weights of a linear.
+
+    Attributes:
+        name: such as ``W3A16_G64``.
+        scheme: without targets; ``None`` for 16 bits.
+    """
+
+    name: str
+    scheme: QuantizationScheme | None
+
+    def fits(self, linear: nn.Linear) -> bool:
+        """Tell whether the groups divide the linear's input columns."""
+        args = self.scheme.weights if self.scheme is not None else None
+        return args is None or not args.group_size or linear.weight.shape[1] % args.group_size == 0
+
+    def num_bytes(self, linear: nn.Linear) -> int:
+        """Return the bytes of all tensors that a checkpoint stores for the linear's weight.
+
+        Where the option does not fit, the linear keeps what it has.
+        """
+        if not self.fits(linear):
+            return int(linear.weight.nbytes)
+        return _stored_bytes(self.name, tuple(linear.weight.shape), linear.weight.dtype)
+
+    def describe(self) -> str:
+        """Return the weights' scheme in words."""
+        args = self.scheme.weights if self.scheme is not None else None
+        return describe(args) if args is not None else UNQUANTIZED
+
+    def for_targets(self, targets: list[str]) -> QuantizationScheme:
+        """Return the scheme for these targets."""
+        assert self.scheme is not None  # 16 bits are not asked for, they are what is left
+        return self.scheme.model_copy(update={"targets": targets}, deep=True)
+
+
+def parse_options(names: Iterable[str], weight_observer: str | None = None) -> list[Option]:
+    """Return the options with these names.
+
+    Args:
+        names: presets of compressed-tensors, ``_G<group size>`` appended where wanted.
+        weight_observer: the host's observer that chooses scales, ``None`` for its default.
+
+    Raises:
+        ValueError: for unknown, repeated or too few names, and for grids that are not integers.
+    """
+    names = list(names)
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"options must be at least two different schemes, got {names}")
+    return [parse_option(name, weight_observer) for name in names]
+
+
+@cache
+def parse_option(name: str, weight_observer: str | None = None) -> Option:
+    """Return one option; arguments as in :func:`parse_options`.
+
+    Raises:
+        ValueError: if the name is unknown or means no integer grid.
+    """
+    if name == UNQUANTIZED:
+        return Option(name, None)
+    preset = _GROUP_SIZE.sub("", name)
+    if preset not in PRESET_SCHEMES:
+        near = difflib.get_close_matches(preset.upper(), PRESET_SCHEMES, n=3)
+        raise ValueError(
+            f"{name!r} is not an option; did you mean {near or sorted(PRESET_SCHEMES)}? An option "
+            f"is a preset scheme, with _G64 or the like for another group size, or {UNQUANTIZED}."
+        )
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    args = scheme.weights
+    if args is None or grid_of(args) is None:
+        raise ValueError(f"option {name!r} has no integer weights along input columns")
+    size = _GROUP_SIZE.search(name)
+    if size is not None:
+        args.strategy, args.group_size = QuantizationStrategy.GROUP, int(size[1])
+    args.actorder, args.observer = ActivationOrdering.STATIC, weight_observer or args.observer
+    return Option(name, scheme)
+
+
+@cache
+def _stored_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Measure with the host's own compressor what it stores for a weight of this shape."""
+    weight = torch.zeros(shape, dtype=dtype)
+    scheme = parse_option(name).scheme
+    if scheme is None or scheme.weights is None:
+        return weight.nbytes
+    groups = shape[1] // (scheme.weights.group_size or shape[1])
+    tensors = {"weight": weight, "weight_scale": torch.ones(shape[0], groups, dtype=dtype)}
+    if not scheme.weights.symmetric:
+        tensors["weight_zero_point"] = torch.zeros(shape[0], groups, dtype=torch.int8)
+    form = scheme.format or infer_module_format(nn.Linear, scheme).value
+    stored = BaseCompressor.get_value_from_registry(form).compress(tensors, scheme)
+    return sum(tensor.nbytes for tensor in stored.values())

@@ -1,0 +1,1 @@
+"""One pass over the calibration data: which tokens reach which linear, with which weight."""

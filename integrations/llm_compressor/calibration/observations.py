@@ -1,0 +1,318 @@
+"""Collect token-weighted second moments while the host runs its calibration pass.
+
+Linears that receive the same tensor with the same weights (gate and up of an expert; q, k and v)
+share one :class:`Observation`. Experts see only the tokens routed to them: a token that is not
+routed has weight zero, so computing it, as the host does by default, changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from torch import distributed, nn
+
+from moeq_plugin.core.hessian import SecondMoments
+from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.models.moe import MoELayer, RoutingTrace
+
+_MIN_SAMPLE_TOKENS = 1024
+
+RegisterHook = Callable[..., object]
+_Tokens = tuple[torch.Tensor, Any, Any]  # draws; rows and routing, or twice None
+_SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a linear sits in a MoE layer.
+
+    Attributes:
+        layer: the layer.
+        expert: index of the routed expert, ``None`` for the shared expert.
+    """
+
+    layer: MoELayer
+    expert: int | None
+
+
+@dataclass
+class Observation:
+    """Second moments of one input and the linears that receive it.
+
+    Attributes:
+        moments: what was accumulated.
+        linears: the linears, in order of first call.
+        seat: where they sit, ``None`` outside MoE layers.
+    """
+
+    moments: SecondMoments
+    linears: list[nn.Linear]
+    seat: Seat | None
+
+
+@dataclass
+class TokenSample:
+    """A uniform random sample of the tokens that enter a MoE layer, for experts that saw few.
+
+    Every token draws a number and the largest numbers stay. Twice as many tokens as features give
+    second moments of full rank and take about as much memory as one Hessian.
+    """
+
+    generator: torch.Generator
+    rows: torch.Tensor | None = None
+    routing: RoutingTrace | None = None
+    draws: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, rows: torch.Tensor, routing: RoutingTrace) -> None:
+        """Offer ``[tokens, hidden]`` rows and where they are routed to the sample."""
+        draws = torch.rand(len(rows), generator=self.generator)
+        self._take([(self.draws, self.rows, self.routing), (draws, rows, routing)])
+
+    def merge(self, parts: Iterable[_Tokens]) -> None:
+        """Become the sample of all tokens that the samples in ``parts`` were drawn from.
+
+        Args:
+            parts: draws, rows and routing of samples that drew differently; this one's own too.
+        """
+        self.draws, self.rows, self.routing = torch.empty(0), None, None
+        self._take(parts)
+
+    def _take(self, parts: Iterable[_Tokens]) -> None:
+        some = [part for part in parts if part[1] is not None]
+        draws = torch.cat([part[0] for part in some])
+        rows = torch.cat([part[1].to(some[0][1].device) for part in some])
+        routing = some[0][2]
+        for part in some[1:]:
+            routing = routing.extended(part[2].to(rows.device))
+        capacity = max(_MIN_SAMPLE_TOKENS, 2 * rows.shape[1])
+        if len(draws) > capacity:
+            draws, kept = draws.topk(capacity)
+            kept = kept.to(rows.device)
+            rows, routing = rows[kept], routing.of_tokens(kept)
+        self.draws, self.rows, self.routing = draws, rows, routing
+
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """Second moments of the sample; read them once it is complete."""
+        assert self.rows is not None  # asked for only where a batch went by
+        moments = SecondMoments.zeros(self.rows.shape[-1], self.rows.device)
+        moments.add(self.rows)
+        return moments
+
+
+def run_routed_tokens_only(undo: ExitStack) -> None:
+    """Let experts run on the tokens routed to them, whatever the host was told, until undone.
+
+    Undone by a callback: an abandoned context manager would undo it when it is collected, long
+    after an error, over what the host has set by then.
+
+    Args:
+        undo: gets what restores the host's setting.
+    """
+    flag = "_CALIBRATE_ALL_EXPERTS"
+    undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
+    setattr(moe_context, flag, False)
+
+
+class Calibration:
+    """Hooks that turn a forward pass into :class:`Observation` objects.
+
+    Args:
+        affinity_power: power of the router's combine weight that weights a token.
+        weight_gate_proj: whether gate projections are weighted too.
+        seed: seed of the token samples.
+        padding: knows which tokens do not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        affinity_power: float,
+        weight_gate_proj: bool,
+        seed: int,
+        padding: PaddingWatch | Part,
+    ) -> None:
+        self.affinity_power = affinity_power
+        self.weight_gate_proj = weight_gate_proj
+        self.observations: dict[nn.Linear, Observation] = {}
+        self.samples: dict[nn.Module, TokenSample] = {}
+        self._seed = seed
+        self._padding = padding
+        self._seats: dict[nn.Module, Seat] = {}
+        self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._shared_weights: dict[nn.Module, torch.Tensor | None] = {}
+        self._recent: dict[_SharedInput, tuple[weakref.ref[torch.Tensor], nn.Linear]] = {}
+        self._leaders: dict[nn.Linear, nn.Linear] = {}
+        self._parents: dict[nn.Module, nn.Module] = {}
+        self._num_tokens = 0  # of the batch that the running experts received
+
+    def attach(
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        linears: list[nn.Linear],
+        register_hook: RegisterHook,
+    ) -> None:
+        """Register all hooks.
+
+        Args:
+            model: the model that will run.
+            layers: its MoE layers.
+            linears: the linears to observe.
+            register_hook: the host's ``Modifier.register_hook``.
+        """
+        self._parents = {child: parent for parent in model.modules() for child in parent.children()}
+        register_hook(model, self._padding.read, "forward_pre", with_kwargs=True)
+        for layer in layers:
+            self._take_seats(layer)
+            register_hook(layer.experts, self._open_experts, "forward_pre")
+            if layer.shared_expert is not None:
+                register_hook(layer.shared_expert, self._open_shared_expert, "forward_pre")
+        for linear in linears:
+            register_hook(linear, self._observe, "forward")
+
+    def seat_of(self, linear: nn.Module) -> Seat | None:
+        """Return where a linear sits, ``None`` outside MoE layers."""
+        return self._seats.get(linear)
+
+    def samples_by_name(self) -> dict[str, TokenSample]:
+        """Return the samples by the names of their layers."""
+        return {
+            self._seats[experts[0]].layer.name: sample  # type: ignore[index]
+            for experts, sample in self.samples.items()
+        }
+
+    def check_finite(self, names: Mapping[nn.Module, str]) -> None:
+        """Refuse second moments that no weights could be fitted to.
+
+        Args:
+            names: of the linears.
+
+        Raises:
+            ValueError: naming the linears whose inputs are not finite.
+        """
+        for observation in self.observations.values():
+            if not observation.moments.hessian.diagonal().isfinite().all():
+                wrong = ", ".join(names[linear] for linear in observation.linears)
+                raise ValueError(
+                    f"the inputs of {wrong} contain NaN or infinity, the first linears in order "
+                    "of execution where that happens. Nothing was saved. Check the model in this "
+                    "dtype on this data; layers before this one are sound."
+                )
+
+    def clear_layer(self) -> None:
+        """Drop what belongs to the layer that has just been compressed."""
+        self.observations.clear()
+        self.samples.clear()
+        self._dispatch.clear()
+        self._shared_weights.clear()
+        self._recent.clear()
+        self._leaders.clear()
+
+    def _take_seats(self, layer: MoELayer) -> None:
+        for index in range(layer.num_experts):
+            for module in layer.expert(index).modules():
+                self._seats[module] = Seat(layer, index)
+        for module in layer.shared_expert.modules() if layer.shared_expert else ():
+            self._seats[module] = Seat(layer, None)
+
+    def _open_experts(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hidden_states, top_k_index, top_k_weights = args[:3]
+        hidden_states = hidden_states.flatten(0, -2)
+        self._num_tokens = len(hidden_states)
+        seat = self._seats[experts[0]]  # type: ignore[index]
+        trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
+        self._dispatch[experts] = trace.dispatch()
+        if experts not in self.samples:
+            # of this layer, so that a run that begins here draws what a whole run draws, and of
+            # this rank, so that ranks draw differently
+            rank = distributed.get_rank() if is_distributed() else 0
+            layer_seed = random.Random(f"{self._seed}/{seat.layer.name}/{rank}").getrandbits(63)
+            self.samples[experts] = TokenSample(torch.Generator().manual_seed(layer_seed))
+        sample = self.samples[experts]
+        keep = self._padding.keep(len(hidden_states))
+        if keep is not None:
+            keep = keep.to(hidden_states.device)
+            hidden_states, trace = hidden_states[keep], trace.of_tokens(keep)
+        sample.add(hidden_states, trace)
+
+    def _open_shared_expert(self, shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hidden_states = args[0].flatten(0, -2)
+        self._shared_weights[shared] = self._seats[shared].layer.shared_weights(hidden_states)
+
+    def _observe(
+        self, linear: nn.Linear, args: tuple[torch.Tensor, ...], _output: torch.Tensor
+    ) -> None:
+        inputs = args[0]
+        weighted = self.weight_gate_proj or not self._is_gate_proj(linear)
+        leader = self._leader(linear, inputs, weighted)
+        if leader is not linear:
+            return
+        seat = self._seats.get(linear)
+        if linear not in self.observations:
+            moments = SecondMoments.zeros(inputs.shape[-1], inputs.device)
+            self.observations[linear] = Observation(moments, [linear], seat)
+        rows, weights = self._weigh(inputs.flatten(0, -2), seat)
+        if weights is not None:
+            power = self.affinity_power if weighted else 0.0
+            weights = weights.float().abs().pow(power)
+        self.observations[linear].moments.add(rows, weights)
+
+    def _leader(self, linear: nn.Linear, inputs: torch.Tensor, weighted: bool) -> nn.Linear:
+        """Return the sibling that has already seen this very tensor, or the linear itself.
+
+        Raises:
+            RuntimeError: if two linears share their input in some batches only.
+        """
+        key = (self._parents.get(linear), weighted)
+        recent = self._recent.get(key)
+        if recent is not None and recent[0]() is inputs:
+            leader = recent[1]
+        else:
+            leader = linear
+            self._recent[key] = (weakref.ref(inputs), linear)
+        if linear not in self._leaders and leader is not linear:
+            self.observations[leader].linears.append(linear)
+        if self._leaders.setdefault(linear, leader) is not leader:
+            raise RuntimeError(
+                f"{linear} shared its input with a sibling in one batch and not in another: its "
+                "second moments would be incomplete. Please report this architecture."
+            )
+        return leader
+
+    def _is_gate_proj(self, linear: nn.Linear) -> bool:
+        parent = self._parents.get(linear)
+        return linear in self._seats and getattr(parent, "gate_proj", None) is linear
+
+    def _weigh(
+        self, inputs: torch.Tensor, seat: Seat | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the rows that count and their combine weights, padding removed."""
+        if seat is not None and seat.expert is not None:
+            tokens, weights = self._dispatch[seat.layer.experts][seat.expert]
+            if get_calibrate_all_experts_flag():
+                inputs = inputs[tokens]
+            keep = self._padding.keep(self._num_tokens)
+            if keep is None:
+                return inputs, weights
+            keep = keep.to(tokens.device)[tokens]
+            return inputs[keep], weights[keep]
+        weights = None
+        if seat is not None and seat.layer.shared_expert is not None:
+            weights = self._shared_weights[seat.layer.shared_expert]
+        keep = self._padding.keep(len(inputs))
+        if keep is None:
+            return inputs, weights
+        keep = keep.to(inputs.device)
+        return inputs[keep], None if weights is None else weights[keep]

@@ -1,0 +1,1 @@
+"""Saving what loads again, what other programs cannot read of it, and loading it exactly."""

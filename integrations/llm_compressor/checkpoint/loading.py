@@ -1,0 +1,91 @@
+"""Load any compressed-tensors checkpoint of a MoE model, dequantized, one scheme per linear.
+
+transformers 5.17 applies one scheme to all experts of a model and knows no rule for GPT-OSS; it
+then loads other numbers than were saved, at best with an error. Here every linear gets the scheme
+that the checkpoint's config gives it, and every tensor of the file has to find its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+
+from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
+    linearized_rules,
+    loading_rules,
+)
+
+_CACHE_SCALES = (".k_scale", ".v_scale")
+
+
+@torch.no_grad()
+def load_dequantized(directory: str | Path) -> PreTrainedModel:
+    """Return the checkpoint's model with linear experts and plain weights, in its own dtype.
+
+    What is not a weight is not quantized in it: activations and the key-value cache.
+
+    Args:
+        directory: a checkpoint that ``save_pretrained`` or ``oneshot`` wrote.
+
+    Raises:
+        ValueError: if tensors of the file or parameters of the model are left over.
+    """
+    directory = Path(directory)
+    config = AutoConfig.from_pretrained(directory)
+    schemes = QuantizationConfig.model_validate(config.quantization_config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    linearize_moe(model)
+    renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
+    stored: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in _tensors(directory):
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        module, _, name = key.rpartition(".")
+        stored.setdefault(module, {})[name] = tensor
+    for name, scheme in _scheme_of_linears(model, schemes):
+        if name in stored:
+            form = scheme.format or infer_module_format(nn.Linear, scheme).value
+            compressor = BaseCompressor.get_value_from_registry(form)
+            plain = compressor.decompress(stored[name], scheme)
+            stored[name] = {k: plain[k] for k in ("weight", "bias") if k in plain}
+    state = {f"{m}.{n}" if m else n: t for m, of in stored.items() for n, t in of.items()}
+    result = model.load_state_dict(state, strict=False)
+    # of a quantized key-value cache, which has no place in a dequantized model
+    unexpected = [key for key in result.unexpected_keys if not key.endswith(_CACHE_SCALES)]
+    missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", {}))
+    if missing or unexpected:
+        raise ValueError(
+            f"{directory} does not fit its config: missing {sorted(missing)[:5]}, unexpected "
+            f"{unexpected[:5]}, {len(missing)} and {len(unexpected)} in all"
+        )
+    return model.eval()
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield key, file.get_tensor(key)
+
+
+def _scheme_of_linears(
+    model: nn.Module, config: QuantizationConfig
+) -> Iterator[tuple[str, QuantizationScheme]]:
+    groups = [g for g in config.config_groups.values() if isinstance(g, QuantizationScheme)]
+    by_target = {target: group for group in groups for target in group.targets}
+    for name, module in match_named_modules(model, by_target, config.ignore):
+        if isinstance(module, nn.Linear):
+            # the most specific target comes first
+            yield name, by_target[match_targets(name, module, by_target)[0]]

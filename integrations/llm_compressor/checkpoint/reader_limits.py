@@ -1,0 +1,119 @@
+"""What other programs cannot read of a checkpoint, known before it is written.
+
+Each function returns sentences for the log, the run record and the model card. Versions are those
+on which the behaviour was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
+from torch import nn
+
+from moeq_plugin.integrations.llm_compressor.solving import weight_args
+from moeq_plugin.models.moe import MoELayer
+
+_PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"
+_WAY_OUT = "moeq_plugin.integrations.llm_compressor.load_dequantized(directory) reads it as it is."
+
+
+def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:
+    """Return why plain transformers would misread the experts, one sentence per reason.
+
+    Args:
+        layers: the MoE layers with their schemes attached.
+        has_expert_names: whether transformers has a rule that reads this architecture's experts
+            from one tensor per expert and projection.
+    """
+    schemes = {_scheme_key(linear) for layer in layers for linear in expert_linears(layer)}
+    if schemes <= {None}:
+        return []
+    limits = []
+    if not has_expert_names:
+        limits.append(
+            f"{_PLAIN} has no rule to read this architecture's experts from per-expert tensors "
+            f"and would initialize them at random, with no more than a load report. {_WAY_OUT}"
+        )
+    if len(schemes) > 1:
+        limits.append(
+            f"the experts do not all have one scheme; {_PLAIN} applies one to all of them and "
+            f"loads the others silently wrong. {_WAY_OUT}"
+        )
+    args = [a for layer in layers for a in map(weight_args, expert_linears(layer)) if a]
+    if any(not a.symmetric for a in args):
+        limits.append(f"{_PLAIN} does not read zero points of experts and fails. {_WAY_OUT}")
+    if any(a.strategy == QuantizationStrategy.TENSOR_GROUP for a in args):
+        limits.append(
+            f"{_PLAIN} does not read the second scale of NVFP4 experts and loads other numbers, "
+            f"silently. {_WAY_OUT}"
+        )
+    if any(
+        a.type == QuantizationType.FLOAT
+        and a.num_bits == 8
+        and a.strategy == QuantizationStrategy.GROUP
+        for a in args
+    ):
+        limits.append(f"{_PLAIN} does not read MXFP8 experts and fails. {_WAY_OUT}")
+    if any(_has_activations(linear) for layer in layers for linear in expert_linears(layer)):
+        limits.append(
+            f"{_PLAIN} reads experts only if their weights alone are quantized. {_WAY_OUT}"
+        )
+    return limits
+
+
+def serving_limits(layers: list[MoELayer]) -> list[str]:
+    """Return why vLLM (0.32, 0.33) would misread a MoE layer, one sentence per layer."""
+    limits = []
+    for layer in layers:
+        schemes = {_scheme_key(linear) for linear in expert_linears(layer)}
+        if len(schemes) > 1:
+            limits.append(
+                f"{layer.name}: the experts have {len(schemes)} schemes; vLLM applies that of "
+                "expert 0 to all of them, silently. Give all experts of a layer one scheme."
+            )
+    return limits
+
+
+def storage_limits(linears: Iterable[nn.Module]) -> list[str]:
+    """Return why saving may not keep the codes that were chosen.
+
+    The host keeps dequantized weights and derives codes from them when it saves. A bfloat16
+    weight is off by up to 2^-8 of itself, half a step or more from 128 steps on.
+
+    Args:
+        linears: the linears, schemes attached.
+    """
+    args = [(linear, weight_args(linear)) for linear in linears]
+    coarse = [
+        linear
+        for linear, a in args
+        if a and a.num_bits == 8 and not a.symmetric and linear.weight.dtype == torch.bfloat16
+    ]
+    if not coarse:
+        return []
+    return [
+        f"{len(coarse)} linears have 8-bit asymmetric weights in bfloat16: saving may move a code "
+        "by one. Use symmetric 8-bit weights, or load the model in float32."
+    ]
+
+
+def expert_linears(layer: MoELayer) -> list[nn.Linear]:
+    """Return the linears of all routed experts of a linearized layer."""
+    return [
+        module
+        for index in range(layer.num_experts)
+        for module in layer.expert(index).modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _scheme_key(linear: nn.Module) -> str | None:
+    args = weight_args(linear)
+    return args.model_dump_json() if args is not None else None
+
+
+def _has_activations(linear: nn.Module) -> bool:
+    scheme = getattr(linear, "quantization_scheme", None)
+    return scheme is not None and scheme.input_activations is not None

@@ -1,0 +1,137 @@
+"""Make ``save_pretrained`` write expert names that load, and the run record beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.offload.cache import DistributedCPUCache
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from moeq_plugin.files.atomic import staged
+from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
+    is_loaded_linearized,
+    linearized_rules,
+    loading_rules,
+    names_in_checkpoint,
+)
+from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
+    reload_limits,
+    serving_limits,
+    storage_limits,
+)
+from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.records.progress import Progress, tell
+from moeq_plugin.records.run import RunRecord, save_records
+from moeq_plugin.report.model_card import save_model_card
+
+_EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+
+def prepare_saving(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    record: RunRecord,
+    save_more: Callable[[Path], None],
+) -> None:
+    """Fix the names of experts and write ``record`` whenever the model is saved, in place.
+
+    The host saves ``experts.0.gate_proj``, which Mixtral-like architectures do not find again:
+    they load ``w1``. Saving reverses the model's loading rules, so those are what is mended.
+
+    Args:
+        model: the linearized model, schemes attached.
+        layers: its MoE layers.
+        record: the run's record; its ``limits`` are filled in here and logged.
+        save_more: writes further files into the directory of the checkpoint.
+    """
+    rules = loading_rules(model)
+    names = names_in_checkpoint(rules)
+    if any(ours != theirs for ours, theirs in names.items()):
+        set_save_conversion_mapping(model, linearized_rules(rules))
+    has_expert_names = bool(names) or is_loaded_linearized(rules)
+    record.limits += reload_limits(layers, has_expert_names) + serving_limits(layers)
+    record.limits += storage_limits(m for m in model.modules() if isinstance(m, nn.Linear))
+    for limit in record.limits:
+        logger.warning(limit)
+    _write_on_save(model, record, save_more)
+
+
+def _write_on_save(
+    model: PreTrainedModel, record: RunRecord, save_more: Callable[[Path], None]
+) -> None:
+    """Wrap ``save_pretrained`` once per model; later modifiers add to what it writes."""
+    noted = getattr(model.save_pretrained, "_moeq_noted", None)
+    if noted is not None:
+        noted.append((record, save_more))
+        return
+    noted = [(record, save_more)]
+    save_pretrained = model.save_pretrained
+
+    @wraps(save_pretrained)
+    def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        wanted = Path(save_directory)
+        # ranks write to one directory together, so there it has to be the one that was asked for
+        with (
+            nullcontext(wanted) if is_distributed() else staged(wanted) as directory,
+            _parameters_stay_parameters(),
+        ):
+            num_linears = sum(len(record.linears) for record, _ in noted)
+            tell(Progress("save", 0, num_linears, "linears"))
+            save_pretrained(directory, *args, **kwargs)
+            if not is_source_process():
+                return
+            _mend_config(model, directory)
+            records = [record for record, _ in noted]
+            save_records(records, directory)
+            for _, save_more in noted:
+                save_more(directory)
+            # last: it reads what the others wrote
+            save_model_card(records, directory, published=wanted)
+
+    save._moeq_noted = noted  # type: ignore[attr-defined]
+    model.save_pretrained = save
+
+
+@contextmanager
+def _parameters_stay_parameters() -> Iterator[None]:
+    """Make parameters contiguous before ranks share them.
+
+    The host (compressed-tensors 0.19) does so itself and gets a tensor that is no parameter, which
+    saving then fails on, at the very end. Packed weights whose columns 32 does not divide are such.
+    """
+    share = DistributedCPUCache.offload
+
+    def offload(cache: DistributedCPUCache, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if isinstance(tensor, nn.Parameter) and not tensor.is_contiguous():
+            tensor = nn.Parameter(tensor.contiguous(), requires_grad=tensor.requires_grad)
+        return share(cache, tensor)
+
+    with patch_attr(DistributedCPUCache, "offload", offload):
+        yield
+
+
+def _mend_config(model: PreTrainedModel, directory: Path) -> None:
+    """Write the number of experts that a checkpoint has, where pruning has changed it.
+
+    The host (0.14) writes the source's ``config.json`` and carries changes over for the keys that
+    it knows; DeepSeek's ``n_routed_experts`` is not among them.
+    """
+    path = directory / "config.json"
+    written = json.loads(path.read_text())
+    text = written.get("text_config", written)
+    current = model.config.get_text_config().to_dict()
+    counts = {key: current[key] for key in _EXPERT_COUNTS if key in text and key in current}
+    if any(text[key] != count for key, count in counts.items()):
+        text.update(counts)
+        path.write_text(json.dumps(written, indent=2, sort_keys=True))

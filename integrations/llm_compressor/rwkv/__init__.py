@@ -1,0 +1,1 @@
+"""RWKVQuantModifier: which weights get a grid and which a codebook, and saving codebooks."""

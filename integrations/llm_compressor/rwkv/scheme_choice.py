@@ -1,0 +1,122 @@
+"""Score the weights of a model, and write down which scheme each linear gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    is_preset_scheme,
+    preset_name_to_scheme,
+)
+from torch import nn
+
+from moeq_plugin.core.uniformity import Gaps, UniformityScore, score_uniformity
+from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
+from moeq_plugin.models.moe import MoELayer
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix in servers
+
+
+def score_weights(linears: Mapping[str, nn.Linear], gaps: Gaps) -> dict[str, UniformityScore]:
+    """Return the uniformity of every weight.
+
+    Raises:
+        ValueError: naming all weights that are not finite.
+    """
+    broken = [name for name, linear in linears.items() if not _is_finite(linear.weight)]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} weights contain NaN or infinity: {', '.join(broken[:10])}. Nothing was "
+            "changed; load a sound checkpoint, or put these modules into `ignore`."
+        )
+    return {name: score_uniformity(linear.weight, gaps) for name, linear in linears.items()}
+
+
+def deciding_together(
+    linears: Mapping[str, nn.Linear], layers: Iterable[MoELayer]
+) -> list[list[str]]:
+    """Return names of linears that a server can only load with one scheme.
+
+    These are the routed experts of one layer, and elsewhere q, k and v, and gate and up.
+    """
+    names = {linear: name for name, linear in linears.items()}
+    groups = [[names[e] for e in expert_linears(layer) if e in names] for layer in layers]
+    taken = {name for group in groups for name in group}
+    for fused in _FUSED:
+        siblings: dict[str, list[str]] = {}
+        for name in linears:
+            parent, _, last = name.rpartition(".")
+            if last in fused and name not in taken:
+                siblings.setdefault(parent, []).append(name)
+        groups += siblings.values()
+    return groups
+
+
+def scheme_groups(
+    linears: Mapping[str, nn.Linear], weights: QuantizationArgs, label: str
+) -> dict[str, QuantizationScheme]:
+    """Return schemes that target linears by name, with groups narrowed to fit their columns.
+
+    Low-rank factors can have fewer columns than a group; they get the largest power of two that
+    divides, and a scale per row where even 8 does not.
+
+    Args:
+        linears: by name.
+        weights: the scheme of the weights.
+        label: how the names of the groups begin.
+    """
+    by_size: dict[int | None, list[str]] = {}
+    for name, linear in linears.items():
+        size = weights.group_size
+        while size and size > 0 and linear.in_features % size:
+            size = size // 2 if size > 8 else None
+        by_size.setdefault(size, []).append(name)
+    groups = {}
+    for size, names in by_size.items():
+        fitted = weights.model_dump() | {"group_size": size}
+        if size is None and weights.group_size:
+            fitted["strategy"] = "channel"
+        name = f"{label}_{size or 'row'}"
+        groups[name] = QuantizationScheme(targets=names, weights=QuantizationArgs(**fitted))
+    return groups
+
+
+def weights_of_scheme(scheme: str | dict[str, Any]) -> QuantizationArgs:
+    """Return the weight arguments of a preset's name or of a mapping of their fields.
+
+    Raises:
+        ValueError: if there is no such scheme or it quantizes activations.
+    """
+    if isinstance(scheme, dict):
+        fields = {"type": "int", "strategy": "group" if scheme.get("group_size") else "channel"}
+        return QuantizationArgs(**{**fields, **scheme})
+    if not is_preset_scheme(scheme):
+        raise ValueError(f"{scheme!r} is not a scheme; give a preset or fields of its weights")
+    preset = preset_name_to_scheme(scheme, [])
+    if preset.weights is None or preset.input_activations is not None:
+        raise ValueError(f"{scheme!r} has to be a scheme that quantizes weights alone")
+    return preset.weights
+
+
+def scalar_bits(linear: nn.Linear, weights: QuantizationArgs) -> int:
+    """Return the bits that a linear's codes, scales and zero points take in a packed checkpoint."""
+    rows, columns = linear.weight.shape
+    groups = columns // weights.group_size if (weights.group_size or 0) > 0 else 1
+    bits = rows * _words(columns * weights.num_bits)
+    bits += rows * groups * linear.weight.element_size() * 8
+    if not weights.symmetric:
+        bits += groups * _words(rows * weights.num_bits)
+    return bits
+
+
+def _words(bits: int) -> int:
+    """Return ``bits`` rounded up to whole int32 words, as compressed-tensors packs a row."""
+    return -(-bits // 32) * 32
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(bool(rows.isfinite().all()) for rows in weight.detach().split(4096))

@@ -1,0 +1,242 @@
+"""Turn a layer's observations into quantized weights: guard, stack, solve, write back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch import nn
+
+from moeq_plugin.core.gptq import Solution, solve
+from moeq_plugin.core.grid import Grid
+from moeq_plugin.core.hessian import SecondMoments, shrink_toward
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    Observation,
+    TokenSample,
+)
+from moeq_plugin.records.run import Basis
+
+_CPU_STACK_BYTES = 1 << 25  # larger stacks leave the caches and are no faster
+_ACCELERATOR_SHARE = 0.25  # of the free memory
+
+
+@dataclass
+class Job:
+    """Linears that share second moments and a scheme, ready to be solved together.
+
+    Attributes:
+        linears: the linears; their rows are stacked.
+        args: their weight scheme.
+        hessian: ``[in, in]``.
+        weight_sum: what to divide the loss by for a mean over tokens.
+        basis: what the second moments rest on.
+        effective_tokens: of the linears' own tokens.
+    """
+
+    linears: list[nn.Linear]
+    args: QuantizationArgs
+    hessian: torch.Tensor
+    weight_sum: float
+    basis: Basis
+    effective_tokens: float
+
+
+def weight_args(module: nn.Module) -> QuantizationArgs | None:
+    """Return the weight scheme attached to a module, ``None`` if there is none."""
+    scheme = getattr(module, "quantization_scheme", None)
+    return scheme.weights if scheme is not None else None
+
+
+def observes_activations(module: nn.Module) -> bool:
+    """Tell whether a scheme needs statistics of all tokens, as static activation scales do."""
+    scheme = module.quantization_scheme
+    return any(
+        args is not None and args.dynamic is not True
+        for args in (scheme.input_activations, scheme.output_activations)
+    )
+
+
+def grid_of(args: QuantizationArgs) -> Grid | None:
+    """Return the grid of a weight scheme, ``None`` if it is not an integer grid along rows."""
+    by_rows = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+    if args.type != QuantizationType.INT or args.strategy not in by_rows:
+        return None
+    return Grid(args.num_bits, args.group_size, args.symmetric)
+
+
+def describe(args: QuantizationArgs) -> str:
+    """Return a weight scheme in words, such as ``W4 int symmetric group 128``."""
+    symmetry = "symmetric" if args.symmetric else "asymmetric"
+    strategy = QuantizationStrategy(args.strategy).value
+    group = f"group {args.group_size}" if args.group_size else strategy
+    return f"W{args.num_bits} {QuantizationType(args.type).value} {symmetry} {group}"
+
+
+def guard(
+    observation: Observation,
+    calibration: Calibration,
+    *,
+    min_effective_tokens: float | None,
+    shrinkage: float,
+) -> tuple[torch.Tensor, float, Basis]:
+    """Return a Hessian that does not starve the expert, its sum of weights and what it rests on.
+
+    Args:
+        observation: what the expert's own tokens gave.
+        calibration: holds the sample of the layer's tokens.
+        min_effective_tokens: threshold; ``None`` means the number of input features, below which
+            the second moments cannot have full rank.
+        shrinkage: see :func:`moeq_plugin.core.hessian.shrink_toward`.
+    """
+    moments, seat = observation.moments, observation.seat
+    threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
+    effective = moments.effective_tokens
+    is_fed = effective >= threshold or (effective > 0 and shrinkage == 0)
+    if seat is None or seat.expert is None or is_fed:
+        basis = Basis.OWN if effective > 0 else Basis.NONE
+        return moments.hessian, moments.weight_sum.item(), basis
+    sample = calibration.samples[seat.layer.experts]
+    of_layer = layer_moments(observation, seat.layer.expert(seat.expert), sample)
+    hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
+    if of_layer.effective_tokens == 0:
+        return hessian, 1.0, Basis.NONE
+    return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
+
+
+@torch.no_grad()
+def layer_moments(
+    observation: Observation, expert: nn.Module, sample: TokenSample
+) -> SecondMoments:
+    """Return the second moments that the layer's tokens would give this expert's linear.
+
+    For gate and up these are the sample's own; for down the sample is sent through the expert.
+    """
+    linear = observation.linears[0]
+    if linear is not expert.down_proj:
+        return sample.moments
+    inputs: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    try:
+        with HooksMixin.disable_hooks():  # these tokens are borrowed, nobody else observes them
+            expert(sample.rows)
+    finally:
+        handle.remove()
+    moments = SecondMoments.zeros(inputs[0].shape[-1], inputs[0].device)
+    moments.add(inputs[0])
+    return moments
+
+
+def stacks(jobs: Iterable[Job], max_jobs: int | None) -> Iterator[list[Job]]:
+    """Group jobs of one shape and scheme, within a bound on memory.
+
+    Args:
+        jobs: all jobs of a layer. Each is let go of once its stack has been consumed.
+        max_jobs: largest stack, ``None`` for what fits the bound.
+    """
+    alike: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        weights = [linear.weight for linear in job.linears]
+        shapes = [tuple(weight.shape) for weight in weights]
+        scheme = job.args.model_dump_json()
+        alike.setdefault((*shapes, weights[0].dtype, job.hessian.device, scheme), []).append(job)
+    for members in alike.values():
+        columns = members[0].linears[0].weight.shape[1]
+        rows = sum(len(linear.weight) for linear in members[0].linears)
+        # float32: the Hessian's factor and its inverse; weights as given, in work and rounded
+        job_bytes = 4 * columns * (2 * columns + 4 * rows)
+        fitting = max(1, _stack_bytes(members[0].hessian.device) // job_bytes)
+        size = min(fitting, max_jobs or fitting)
+        while members:
+            stack = members[:size]
+            del members[:size]
+            yield stack
+
+
+def _stack_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_STACK_BYTES
+    free, _total = torch.accelerator.get_memory_info(device)
+    return int(free * _ACCELERATOR_SHARE)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One job's weights on their grids.
+
+    Attributes:
+        solution: of the whole stack.
+        index: of the job in the stack.
+        scale: ``[rows, groups]`` of all the job's linears.
+        zero_point: ``[rows, groups]``.
+    """
+
+    solution: Solution
+    index: int
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return ``[rows, in]`` dequantized weights of all the job's linears."""
+        return self.solution.weight[self.index]
+
+
+@torch.no_grad()
+def solve_stack(stack: list[Job], *, block_size: int, dampening_frac: float) -> list[Rounded]:
+    """Round the weights of a stack of jobs; the linears stay as they are.
+
+    The weight observers must have seen their weights.
+
+    Args:
+        stack: jobs of one shape and scheme.
+        block_size: see :func:`moeq_plugin.core.gptq.solve`.
+        dampening_frac: likewise.
+    """
+    grid = grid_of(stack[0].args)
+    assert grid is not None  # the caller sorted out other schemes
+    qparams = [[linear.weight_observer.get_qparams() for linear in job.linears] for job in stack]
+    scale = torch.stack([torch.cat([q["scale"] for q in row]) for row in qparams])
+    zero_point = torch.stack([torch.cat([q["zero_point"] for q in row]) for row in qparams])
+    weight = torch.stack([torch.cat([linear.weight for linear in job.linears]) for job in stack])
+    solution = solve(
+        weight,
+        [job.hessian for job in stack],
+        scale,
+        zero_point,
+        grid,
+        block_size=block_size,
+        dampening_frac=dampening_frac,
+        actorder=stack[0].args.actorder is not None,
+    )
+    return [Rounded(solution, i, scale[i], zero_point[i]) for i in range(len(stack))]
+
+
+def write(job: Job, rounded: Rounded) -> dict[nn.Linear, float | None]:
+    """Put weights, scales and zero points into the job's linears.
+
+    Returns:
+        The loss of each linear; ``None`` where it was rounded to nearest.
+    """
+    solution, index = rounded.solution, rounded.index
+    losses: dict[nn.Linear, float | None] = {}
+    start = 0
+    for linear in job.linears:
+        rows = slice(start, start := start + len(linear.weight))
+        dtype, zp_dtype = linear.weight.dtype, job.args.zp_dtype
+        update_offload_parameter(linear, "weight", rounded.weight[rows].to(dtype))
+        update_offload_parameter(linear, "weight_scale", rounded.scale[rows].to(dtype))
+        zero_point = rounded.zero_point[rows].to(zp_dtype)
+        update_offload_parameter(linear, "weight_zero_point", zero_point)
+        is_nearest = job.basis is Basis.NONE or bool(solution.is_nearest[index])
+        loss = solution.loss[index, rows].sum().item()
+        losses[linear] = None if is_nearest else loss / job.weight_sum
+    return losses

@@ -1,0 +1,1 @@
+"""What can be wrong with a checkpoint: a module per kind of check, and the findings they yield."""

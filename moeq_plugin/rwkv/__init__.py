@@ -1,0 +1,24 @@
+"""RWKV for transformers: versions 6 and 7, which it lacks, and version 4, which does not reload.
+
+Importing this module makes ``AutoModelForCausalLM`` know them all.
+"""
+
+from moeq_plugin.rwkv.layers import ElementwiseScale, elementwise_parameters
+from moeq_plugin.rwkv.official import from_official, load_pth, to_official
+from moeq_plugin.rwkv.rwkv4 import disable_rescaling, guard_initialization
+from moeq_plugin.rwkv.rwkv6 import RWKV6Config, RWKV6ForCausalLM
+from moeq_plugin.rwkv.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+
+__all__ = [
+    "ElementwiseScale",
+    "RWKV6Config",
+    "RWKV6ForCausalLM",
+    "RWKV7Config",
+    "RWKV7ForCausalLM",
+    "disable_rescaling",
+    "elementwise_parameters",
+    "from_official",
+    "guard_initialization",
+    "load_pth",
+    "to_official",
+]
