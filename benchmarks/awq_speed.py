@@ -56,7 +56,7 @@ def measure(name: str, batch_size: int, seed: int) -> float:
     from transformers import AutoModelForCausalLM
 
     from moeq_plugin import MoEQuantAWQModifier
-    from moeq_plugin.integrations.llm_compressor.awq.host import without_pinning
+    from moeq_plugin.integrations.llm_compressor.host import without_pinning
 
     torch.set_num_threads(1)
     corpus = corpora()[0]

@@ -45,7 +45,7 @@ from moeq_plugin import (
     evaluate,
 )
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.awq.host import without_pinning
+from moeq_plugin.integrations.llm_compressor.host import without_pinning
 
 RESULT = Path(__file__).parent / "results" / "moequant_table.json"
 IGNORE = ["lm_head", "re:.*gate$", "re:.*router$"]

@@ -11,6 +11,7 @@ except ImportError as error:
         "moeq_plugin's modifiers need llm-compressor: pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 
+from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.awq.modifier import MoEQuantAWQModifier
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.integrations.llm_compressor.moequant.modifier import MoEQuantModifier
@@ -24,6 +25,8 @@ __all__ = [
     "ResidualRotationModifier",
     "load_dequantized",
 ]
+
+host.register()
 
 for _modifier in (
     MoEQuantAWQModifier,

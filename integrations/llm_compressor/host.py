@@ -1,22 +1,278 @@
-"""What the host knows and does not tell."""
+"""Every touch of llm-compressor (0.14) that is not its public API.
+
+Each one says why it is needed and what upstream would have to offer instead. Nothing here outlives
+what it was made for: listeners are installed once and hold their listeners weakly, everything else
+is undone when the pass, the forward or the ``oneshot`` it belongs to ends, by a failure too.
+``tests`` tell in words when a new llm-compressor moves one of these places.
+"""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Protocol
+from weakref import WeakSet
 
+import torch
+from compressed_tensors.offload.cache import DistributedCPUCache
+from compressed_tensors.utils import patch_attr
+from datasets import Dataset
+from llmcompressor.args import DatasetArguments
+from llmcompressor.core import State, active_session
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.modeling.moe import context as moe_context
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform.awq import base as awq_base
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.pipelines.sequential import SequentialPipeline
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+_ALL_EXPERTS = "_CALIBRATE_ALL_EXPERTS"  # a global of the host's, read by experts as they run
+
+
+# --- the running oneshot -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A ``oneshot`` that is running, and what is undone when it ends, however it ends."""
+
+    oneshot: Oneshot
+    scope: ExitStack
+
+
+_running: ContextVar[_Running | None] = ContextVar("running_oneshot", default=None)
+
+
+def register() -> None:
+    """Note from now on which ``Oneshot`` runs and which batches it caches; once per process.
+
+    The host hands a modifier neither the output directory nor the processor, a data set not the
+    model, and nobody its batches. Upstream would have to pass them in ``state``.
+    """
+    if not hasattr(Oneshot.__call__, "_moeq_original"):
+        Oneshot.__call__ = _noting(Oneshot.__call__)
+    from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
+    if not hasattr(from_dataloader, "_moeq_original"):
+        IntermediatesCache.from_dataloader = classmethod(_listening(from_dataloader))
 
 
 def running_oneshot() -> Oneshot | None:
-    """Return the ``Oneshot`` that called us, which tells nobody its model and arguments.
+    """Return the ``Oneshot`` that is running, ``None`` in a session that somebody else drives."""
+    running = _running.get()
+    return running.oneshot if running is not None else None
 
-    Looked up in the call stack, since the host hands a modifier neither the output directory nor
-    the processor, and a data set not the model.
+
+def running_tokenizer() -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the running ``Oneshot``, ``None`` if there is none."""
+    running = _running.get()
+    processor = getattr(running.oneshot, "processor", None) if running is not None else None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def undo_with_oneshot(undo: ExitStack) -> None:
+    """Close ``undo`` when the running ``oneshot`` ends at the latest, after a failure too.
+
+    A modifier hears nothing of a failure. Upstream would have to tell it.
+
+    Args:
+        undo: may be closed before.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        running = frame.f_locals.get("self")
-        if isinstance(running, Oneshot):
-            return running
-    return None
+    running = _running.get()
+    if running is not None:
+        running.scope.callback(undo.close)
+
+
+def _noting(call):  # type: ignore[no-untyped-def] # the host's own method, untyped
+    @wraps(call)
+    def noting(self: Oneshot) -> None:
+        with ExitStack() as scope:
+            token = _running.set(_Running(self, scope))
+            scope.callback(_running.reset, token)  # after all that was pushed on top of it
+            call(self)
+
+    noting._moeq_original = call  # type: ignore[attr-defined] # the mark that it is installed
+    return noting
+
+
+# --- its batches ---------------------------------------------------------------------------------
+
+
+class BatchListener(Protocol):
+    """Hears of the batches that the sequential pipeline caches."""
+
+    def hear_batches(self, cache: IntermediatesCache) -> None:
+        """Take what is needed of the cache, which goes on changing afterwards."""
+
+
+_batch_listeners: WeakSet[BatchListener] = WeakSet()
+
+
+def listen_to_batches(listener: BatchListener, undo: ExitStack) -> None:
+    """Tell ``listener`` of every cache of batches that is made until ``undo`` is closed.
+
+    Masks that reach the layers cannot be relied on: traced with ``attn_implementation="sdpa"``
+    some models receive none at all. Upstream would have to put the batches into ``state``.
+    """
+    _batch_listeners.add(listener)
+    undo.callback(_batch_listeners.discard, listener)
+
+
+def _listening(from_dataloader):  # type: ignore[no-untyped-def] # the host's own method, untyped
+    @wraps(from_dataloader)
+    def listening(cls: type[IntermediatesCache], *args: object, **kwargs: object):  # type: ignore[no-untyped-def] # likewise
+        cache = from_dataloader(cls, *args, **kwargs)
+        for listener in list(_batch_listeners):
+            listener.hear_batches(cache)
+        return cache
+
+    listening._moeq_original = from_dataloader  # type: ignore[attr-defined] # that it is installed
+    return listening
+
+
+# --- experts on routed tokens --------------------------------------------------------------------
+
+
+def run_routed_tokens_only(model: nn.Module, undo: ExitStack) -> None:
+    """Let experts run on the tokens routed to them, whatever the host was told, until undone.
+
+    A token that is not routed has weight zero in everything we measure, so computing it changes
+    nothing but the time. The host has one process-wide flag for that; it is lowered while a
+    layer's experts run and is the host's again afterwards, even if they raise. Upstream would have
+    to let a modifier choose.
+
+    Args:
+        model: the linearized model.
+        undo: gets what ends it.
+    """
+    raised: list[bool] = []  # what the host's flag was; experts do not nest
+
+    def lower(_experts: nn.Module, _args: object) -> None:
+        raised.append(getattr(moe_context, _ALL_EXPERTS))
+        setattr(moe_context, _ALL_EXPERTS, False)
+
+    def restore(_experts: nn.Module, _args: object, _output: object) -> None:
+        setattr(moe_context, _ALL_EXPERTS, raised.pop())
+
+    for module in model.modules():
+        if isinstance(module, LinearExperts2D):
+            undo.callback(module.register_forward_pre_hook(lower, prepend=True).remove)
+            undo.callback(module.register_forward_hook(restore, always_call=True).remove)
+
+
+# --- passes, data and neighbours -----------------------------------------------------------------
+
+
+def declare_data(modifier: Modifier, has_data: bool, undo: ExitStack) -> None:
+    """Let the host run a modifier with the data that there are, or without any, until undone.
+
+    The host asks a field of the recipe whether a modifier needs data, and stops where it says yes
+    and there are none. Upstream would have to ask with the state in hand.
+    """
+    undo.enter_context(patch_attr(modifier, "requires_calibration_data", has_data))
+
+
+def run_pass(
+    modifier: Modifier, state: State, data: DataLoader[Dataset], *, propagate_error: bool = True
+) -> None:
+    """Run one modifier through data layer by layer, inside a ``oneshot`` that does something else.
+
+    The events of the pass go to ``modifier`` alone. Upstream would have to give its pipelines the
+    modifiers that they serve.
+
+    Args:
+        modifier: initialized.
+        state: the host's, with the model.
+        data: calibration batches.
+        propagate_error: whether a layer receives what the quantized layers before it put out.
+    """
+    running = _running.get()
+    arguments = running.oneshot.dataset_args if running is not None else DatasetArguments()
+    recipe = active_session().lifecycle.recipe
+    with (
+        patch_attr(recipe, "modifiers", [modifier]),
+        patch_attr(arguments, "propagate_error", propagate_error and arguments.propagate_error),
+    ):
+        SequentialPipeline()(state.model, data, arguments)
+
+
+def neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
+    """Return the modifiers before and after one in the recipe that runs."""
+    recipe = active_session().lifecycle.recipe
+    modifiers = list(recipe.modifiers) if recipe is not None else []
+    for index, other in enumerate(modifiers):
+        if other is modifier:
+            return modifiers[:index], modifiers[index + 1 :]
+    return [], []
+
+
+# --- its solver ----------------------------------------------------------------------------------
+
+
+def solve_with_host(
+    modifier: GPTQModifier, linear: nn.Linear, name: str, hessian: torch.Tensor
+) -> None:
+    """Let the host's GPTQ round a linear to a grid that ours does not know, in place.
+
+    Upstream would have to take a Hessian as an argument.
+
+    Args:
+        modifier: the host's, which forgets the Hessian again.
+        linear: scheme and weight observer attached.
+        name: of the linear.
+        hessian: ``[in, in]``, without zeros on its diagonal; changed by the host.
+    """
+    modifier._module_names[linear] = name
+    modifier._hessians[linear] = hessian
+    modifier._num_samples[linear] = torch.ones((), device=hessian.device)
+    modifier.compress_module_list([linear])
+
+
+# --- saving on several ranks ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parameters_stay_parameters() -> Iterator[None]:
+    """Make parameters contiguous before ranks share them.
+
+    compressed-tensors 0.19 does so itself and gets a tensor that is no parameter, which saving then
+    fails on, at the very end. Packed weights whose columns 32 does not divide are such.
+    """
+    share = DistributedCPUCache.offload
+
+    def offload(cache: DistributedCPUCache, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if isinstance(tensor, nn.Parameter) and not tensor.is_contiguous():
+            tensor = nn.Parameter(tensor.contiguous(), requires_grad=tensor.requires_grad)
+        return share(cache, tensor)
+
+    with patch_attr(DistributedCPUCache, "offload", offload):
+        yield
+
+
+# --- its AWQ -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def summed_already() -> Iterator[None]:
+    """Keep the host's AWQ from adding up over ranks, which it does on accelerators only."""
+    with patch_attr(awq_base, "is_distributed", lambda: False):
+        yield
+
+
+@contextlib.contextmanager
+def without_pinning() -> Iterator[None]:
+    """Pin no memory where there is no accelerator; the host's AWQ fails there."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
+        yield

@@ -10,6 +10,7 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import match_named_modules
+from loguru import logger
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.host import running_oneshot
@@ -165,5 +166,10 @@ def check_running_output_dir() -> None:
     An error after hours of calibration would be worse than looking it up.
     """
     running = running_oneshot()
-    if running is not None and running.output_dir:
+    if running is None:
+        logger.warning(
+            "no running llmcompressor.oneshot is known, so its output directory is not checked "
+            "before calibration"
+        )
+    elif running.output_dir:
         check_output_dir(Path(running.output_dir))

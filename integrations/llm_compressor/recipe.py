@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import REAPPruningModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
@@ -18,7 +17,7 @@ from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier,
 from llmcompressor.modifiers.transform.spinquant.mappings import SPINQUANT_MAPPING_REGISTRY
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.host import running_oneshot
+from moeq_plugin.integrations.llm_compressor.host import neighbours, running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _BUDGETS = ("bits_per_weight", "size_gb", "allocation")
@@ -39,7 +38,7 @@ def check_stack(modifier: Modifier, model: nn.Module, layers: list[MoELayer]) ->
     Raises:
         ValueError: naming the modifier, why it does not work, and what does.
     """
-    before, after = _neighbours(modifier)
+    before, after = neighbours(modifier)
     name = type(modifier).__name__
     for other in after:
         if not isinstance(other, QuantizationMixin):
@@ -76,7 +75,7 @@ def check_stack(modifier: Modifier, model: nn.Module, layers: list[MoELayer]) ->
 
 def identity(modifier: Modifier) -> dict[str, Any]:
     """Return what the result depends on beside ``modifier``: the modifiers before it."""
-    before, _ = _neighbours(modifier)
+    before, _ = neighbours(modifier)
     return {
         f"modifier {index} of the recipe": f"{type(other).__name__} {other.model_dump()}"
         for index, other in enumerate(before)
@@ -93,16 +92,6 @@ def rename(model: nn.Module, *names: dict[nn.Module, str]) -> None:
         of_now = {module: current[module] for module in of_then if module in current}
         of_then.clear()
         of_then.update(of_now)
-
-
-def _neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
-    """Return the modifiers before and after one in the recipe that runs."""
-    recipe = active_session().lifecycle.recipe
-    modifiers = list(recipe.modifiers) if recipe is not None else []
-    for index, other in enumerate(modifiers):
-        if other is modifier:
-            return modifiers[:index], modifiers[index + 1 :]
-    return [], []
 
 
 def _check_spinquant(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from moeq_plugin.core.hadamard import Rotation, random_rotation
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
-from moeq_plugin.integrations.llm_compressor.calibration.observations import run_routed_tokens_only
+from moeq_plugin.integrations.llm_compressor.host import run_routed_tokens_only
 from moeq_plugin.models.residual import ResidualStream, find_residual_stream
 
 
@@ -157,7 +157,7 @@ def _probe_tokens(stream: ResidualStream) -> torch.Tensor:
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return ``[tokens, vocabulary]`` float32; experts run on their own tokens only."""
     with contextlib.ExitStack() as undo:
-        run_routed_tokens_only(undo)
+        run_routed_tokens_only(model, undo)
         return model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from compressed_tensors.quantization import QuantizationScheme
-from compressed_tensors.utils import patch_attr
-from llmcompressor.args import DatasetArguments
-from llmcompressor.core import State, active_session
-from llmcompressor.pipelines.sequential import SequentialPipeline
+from llmcompressor.core import State
 from loguru import logger
 from torch import nn
 
@@ -25,8 +22,8 @@ from moeq_plugin.integrations.llm_compressor.allocation.options import (
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 from moeq_plugin.integrations.llm_compressor.allocation.target_linears import check_fit, other_bytes
 from moeq_plugin.integrations.llm_compressor.allocation.target_patterns import patterns
-from moeq_plugin.integrations.llm_compressor.host import running_oneshot
-from moeq_plugin.integrations.llm_compressor.solving import describe, weight_args
+from moeq_plugin.integrations.llm_compressor.host import run_pass
+from moeq_plugin.integrations.llm_compressor.schemes import describe, weight_args
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.units import Target, unit_labels
 
@@ -186,13 +183,8 @@ class BitAllocator:
 
 def measure_sensitivity(modifier: SensitivityModifier, state: State) -> SensitivityTable:
     """Run ``modifier`` through the calibration data, inside a oneshot that does something else."""
-    running = running_oneshot()
-    arguments = running.dataset_args if running is not None else DatasetArguments()
-    recipe = active_session().lifecycle.recipe
     modifier.initialize(state)
-    one_pass = patch_attr(arguments, "propagate_error", False)  # there is no error to propagate
-    with patch_attr(recipe, "modifiers", [modifier]), one_pass:
-        SequentialPipeline()(state.model, state.data.calib, arguments)
+    run_pass(modifier, state, state.data.calib, propagate_error=False)  # there is none
     modifier.finalize(state)
     return modifier.table
 

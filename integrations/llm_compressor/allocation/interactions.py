@@ -13,7 +13,7 @@ from torch import nn
 
 from moeq_plugin.core.correlation import accumulate_cross_terms, certificate, coactivation
 from moeq_plugin.core.sensitivity import LayerInteraction
-from moeq_plugin.integrations.llm_compressor.calibration.observations import TokenSample
+from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 

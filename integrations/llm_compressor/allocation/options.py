@@ -24,7 +24,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.solving import describe, grid_of
+from moeq_plugin.integrations.llm_compressor.schemes import describe, grid_of
 
 UNQUANTIZED = "UNQUANTIZED"
 DEFAULT_OPTIONS = ("W2A16", "W3A16", "W4A16", "W8A16")

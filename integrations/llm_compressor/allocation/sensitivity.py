@@ -43,10 +43,14 @@ from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part,
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
-    run_routed_tokens_only,
 )
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
+from moeq_plugin.integrations.llm_compressor.host import (
+    listen_to_batches,
+    run_routed_tokens_only,
+    undo_with_oneshot,
+)
 from moeq_plugin.integrations.llm_compressor.solving import Job, guard
 from moeq_plugin.models.gradients import OutputGradients
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
@@ -177,13 +181,14 @@ class SensitivityModifier(Modifier):
         ours = Counter(d for batch in state.data.calib for d in domains_of(batch))
         before, counts = ranks.over_ranks(ours)
         self._domains = self._names_of_domains(counts)
-        run_routed_tokens_only(self._undo)
+        run_routed_tokens_only(state.model, self._undo)
+        undo_with_oneshot(self._undo)
         tell(layer_progress("measure", (), self._names.values()))
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             self._row_weights = self._gradients(state).row_weights()
         watch = PaddingWatch(state)
-        self._undo.callback(watch.listen())
+        listen_to_batches(watch, self._undo)
         rounding = Part(watch, half=0, before=before)
         self._rounding = self._calibration(rounding, self.affinity_power)
         parts = [Part(watch, half=1, domain=domain, before=before) for domain in sorted(counts)]

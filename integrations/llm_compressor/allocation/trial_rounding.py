@@ -11,12 +11,8 @@ from llmcompressor.modifiers.quantization.calibration import initialize_observer
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
-from moeq_plugin.integrations.llm_compressor.solving import (
-    Job,
-    solve_stack,
-    stacks,
-    weight_args,
-)
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
+from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks
 
 
 def trial_rounding(

@@ -9,7 +9,7 @@ from compressed_tensors.offload import update_offload_parameter
 from torch import nn
 
 from moeq_plugin.core.clip import clip_weight
-from moeq_plugin.integrations.llm_compressor.solving import grid_of, weight_args
+from moeq_plugin.integrations.llm_compressor.schemes import grid_of, weight_args
 
 
 def clippable(model: nn.Module) -> Iterator[nn.Linear]:

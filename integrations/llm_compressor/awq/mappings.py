@@ -18,7 +18,7 @@ from moeq_plugin.integrations.llm_compressor.awq.probes import (
     reads_through,
     scales_with_weight,
 )
-from moeq_plugin.integrations.llm_compressor.solving import weight_args
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")

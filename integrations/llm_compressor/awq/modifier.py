@@ -23,21 +23,23 @@ from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.awq.batches import merged, without_padding
 from moeq_plugin.integrations.llm_compressor.awq.calibration import SmoothingCalibration
 from moeq_plugin.integrations.llm_compressor.awq.clipping import clip_linear, clippable
-from moeq_plugin.integrations.llm_compressor.awq.host import (
-    summed_already,
-    unquantized,
-    without_pinning,
-)
 from moeq_plugin.integrations.llm_compressor.awq.mappings import (
     FoundMappings,
     find_mappings,
     judged_alone,
 )
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_mappings, check_request
+from moeq_plugin.integrations.llm_compressor.awq.unquantized import unquantized
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
-from moeq_plugin.integrations.llm_compressor.calibration.observations import run_routed_tokens_only
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
+from moeq_plugin.integrations.llm_compressor.host import (
+    listen_to_batches,
+    run_routed_tokens_only,
+    summed_already,
+    undo_with_oneshot,
+    without_pinning,
+)
 from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.environment import run_facts, versions
@@ -164,9 +166,10 @@ class MoEQuantAWQModifier(AWQModifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Register the hooks that observe what is quantized."""
         padding = self._padding = PaddingWatch(state)
-        self._undo.callback(padding.listen())
+        listen_to_batches(padding, self._undo)
         # a token that is not routed has weight zero: do not compute what will not count
-        run_routed_tokens_only(self._undo)
+        run_routed_tokens_only(state.model, self._undo)
+        undo_with_oneshot(self._undo)
         self._calibration = SmoothingCalibration(
             affinity_power=self.affinity_power,
             weight_gate_proj=True,

@@ -12,7 +12,7 @@ from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.awq.mappings import judged_alone
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.host import running_oneshot
-from moeq_plugin.integrations.llm_compressor.solving import weight_args
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
 
 

@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from compressed_tensors.distributed import is_distributed
-from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from torch import distributed, nn
 
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
-_MIN_SAMPLE_TOKENS = 1024
-
 RegisterHook = Callable[..., object]
-_Tokens = tuple[torch.Tensor, Any, Any]  # draws; rows and routing, or twice None
 _SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
 
 
@@ -59,70 +53,6 @@ class Observation:
     moments: SecondMoments
     linears: list[nn.Linear]
     seat: Seat | None
-
-
-@dataclass
-class TokenSample:
-    """A uniform random sample of the tokens that enter a MoE layer, for experts that saw few.
-
-    Every token draws a number and the largest numbers stay. Twice as many tokens as features give
-    second moments of full rank and take about as much memory as one Hessian.
-    """
-
-    generator: torch.Generator
-    rows: torch.Tensor | None = None
-    routing: RoutingTrace | None = None
-    draws: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def add(self, rows: torch.Tensor, routing: RoutingTrace) -> None:
-        """Offer ``[tokens, hidden]`` rows and where they are routed to the sample."""
-        draws = torch.rand(len(rows), generator=self.generator)
-        self._take([(self.draws, self.rows, self.routing), (draws, rows, routing)])
-
-    def merge(self, parts: Iterable[_Tokens]) -> None:
-        """Become the sample of all tokens that the samples in ``parts`` were drawn from.
-
-        Args:
-            parts: draws, rows and routing of samples that drew differently; this one's own too.
-        """
-        self.draws, self.rows, self.routing = torch.empty(0), None, None
-        self._take(parts)
-
-    def _take(self, parts: Iterable[_Tokens]) -> None:
-        some = [part for part in parts if part[1] is not None]
-        draws = torch.cat([part[0] for part in some])
-        rows = torch.cat([part[1].to(some[0][1].device) for part in some])
-        routing = some[0][2]
-        for part in some[1:]:
-            routing = routing.extended(part[2].to(rows.device))
-        capacity = max(_MIN_SAMPLE_TOKENS, 2 * rows.shape[1])
-        if len(draws) > capacity:
-            draws, kept = draws.topk(capacity)
-            kept = kept.to(rows.device)
-            rows, routing = rows[kept], routing.of_tokens(kept)
-        self.draws, self.rows, self.routing = draws, rows, routing
-
-    @cached_property
-    def moments(self) -> SecondMoments:
-        """Second moments of the sample; read them once it is complete."""
-        assert self.rows is not None  # asked for only where a batch went by
-        moments = SecondMoments.zeros(self.rows.shape[-1], self.rows.device)
-        moments.add(self.rows)
-        return moments
-
-
-def run_routed_tokens_only(undo: ExitStack) -> None:
-    """Let experts run on the tokens routed to them, whatever the host was told, until undone.
-
-    Undone by a callback: an abandoned context manager would undo it when it is collected, long
-    after an error, over what the host has set by then.
-
-    Args:
-        undo: gets what restores the host's setting.
-    """
-    flag = "_CALIBRATE_ALL_EXPERTS"
-    undo.callback(setattr, moe_context, flag, getattr(moe_context, flag))
-    setattr(moe_context, flag, False)
 
 
 class Calibration:

@@ -8,7 +8,6 @@ from the arguments where a pipeline calls the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,22 +34,10 @@ class PaddingWatch:
         self.batches: list[dict[str, torch.Tensor]] = []
         self._direct: torch.Tensor | None = None
 
-    def listen(self) -> Callable[[], None]:
-        """Note ids and masks of every batch that the sequential pipeline caches from now on.
-
-        Returns:
-            What ends that.
-        """
-        original = IntermediatesCache.from_dataloader
-
-        def from_dataloader(*args: Any, **kwargs: Any) -> IntermediatesCache:
-            cache = original(*args, **kwargs)
-            self.batches = [cache.fetch(index, list(_COLUMNS)) for index in range(len(cache))]
-            _warn_of_left_padding([batch.get("attention_mask") for batch in self.batches])
-            return cache
-
-        IntermediatesCache.from_dataloader = from_dataloader
-        return lambda: setattr(IntermediatesCache, "from_dataloader", original)
+    def hear_batches(self, cache: IntermediatesCache) -> None:
+        """Note ids and masks of the batches that the sequential pipeline has just cached."""
+        self.batches = [cache.fetch(index, list(_COLUMNS)) for index in range(len(cache))]
+        _warn_of_left_padding([batch.get("attention_mask") for batch in self.batches])
 
     def read(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mask that the whole model is called with; a forward pre-hook."""

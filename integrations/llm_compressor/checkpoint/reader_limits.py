@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.solving import weight_args
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer
 
 _PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
 from compressed_tensors.distributed import is_distributed, is_source_process
-from compressed_tensors.offload.cache import DistributedCPUCache
-from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
 from torch import nn
@@ -30,6 +27,7 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     serving_limits,
     storage_limits,
 )
+from moeq_plugin.integrations.llm_compressor.host import parameters_stay_parameters
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.progress import Progress, tell
 from moeq_plugin.records.run import RunRecord, save_records
@@ -84,7 +82,7 @@ def _write_on_save(
         # ranks write to one directory together, so there it has to be the one that was asked for
         with (
             nullcontext(wanted) if is_distributed() else staged(wanted) as directory,
-            _parameters_stay_parameters(),
+            parameters_stay_parameters(),
         ):
             num_linears = sum(len(record.linears) for record, _ in noted)
             tell(Progress("save", 0, num_linears, "linears"))
@@ -101,24 +99,6 @@ def _write_on_save(
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
     model.save_pretrained = save
-
-
-@contextmanager
-def _parameters_stay_parameters() -> Iterator[None]:
-    """Make parameters contiguous before ranks share them.
-
-    The host (compressed-tensors 0.19) does so itself and gets a tensor that is no parameter, which
-    saving then fails on, at the very end. Packed weights whose columns 32 does not divide are such.
-    """
-    share = DistributedCPUCache.offload
-
-    def offload(cache: DistributedCPUCache, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if isinstance(tensor, nn.Parameter) and not tensor.is_contiguous():
-            tensor = nn.Parameter(tensor.contiguous(), requires_grad=tensor.requires_grad)
-        return share(cache, tensor)
-
-    with patch_attr(DistributedCPUCache, "offload", offload):
-        yield
 
 
 def _mend_config(model: PreTrainedModel, directory: Path) -> None:

@@ -28,26 +28,25 @@ from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
     SensitivityModifier,
 )
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
-from moeq_plugin.integrations.llm_compressor.calibration.observations import (
-    Calibration,
-    run_routed_tokens_only,
-)
+from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
+from moeq_plugin.integrations.llm_compressor.host import (
+    listen_to_batches,
+    run_pass,
+    run_routed_tokens_only,
+    undo_with_oneshot,
+)
 from moeq_plugin.integrations.llm_compressor.moequant.allocating import AllocatingModifier
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import WorkDir, model_digest
-from moeq_plugin.integrations.llm_compressor.self_sampling.calibrate import calibrate_on_own_text
-from moeq_plugin.integrations.llm_compressor.solving import (
-    Job,
+from moeq_plugin.integrations.llm_compressor.schemes import (
     describe,
     grid_of,
-    guard,
     observes_activations,
-    solve_stack,
-    stacks,
     weight_args,
-    write,
 )
+from moeq_plugin.integrations.llm_compressor.self_sampling.calibrate import write_own_text
+from moeq_plugin.integrations.llm_compressor.solving import Job, guard, solve_stack, stacks, write
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.environment import run_facts, versions
 from moeq_plugin.records.progress import quantize_progress, tell
@@ -208,9 +207,11 @@ class MoEQuantModifier(AllocatingModifier):
             self._writes_own_text = False
             if work is not None:
                 work.begin(None)
-            report = calibrate_on_own_text(state, self.ebss, work and work.text)
+            text = write_own_text(state.model, self.ebss, work and work.text)
+            state.data.calib = text.batches
+            run_pass(self, state, text.batches)
             assert self._record is not None  # set while that ran at the latest
-            self._record.sampling = report
+            self._record.sampling = text.report
             return
         ranks.check_data_differ(state.data.calib)
         if work is not None:
@@ -222,7 +223,7 @@ class MoEQuantModifier(AllocatingModifier):
         recipe.rename(state.model, self._module_names, self._pending)
         self.start_calibration(state.model)
         padding = PaddingWatch(state)
-        self._undo.callback(padding.listen())
+        listen_to_batches(padding, self._undo)
         self._calibration = Calibration(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,
@@ -231,7 +232,8 @@ class MoEQuantModifier(AllocatingModifier):
         )
         if not any(observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
-            run_routed_tokens_only(self._undo)
+            run_routed_tokens_only(state.model, self._undo)
+        undo_with_oneshot(self._undo)
         if work is not None:
             self._restore(work)
         assert self._record is not None  # set when schemes were attached

@@ -25,6 +25,7 @@ from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.calibration.ranks import sum_over_ranks
+from moeq_plugin.integrations.llm_compressor.host import listen_to_batches
 from moeq_plugin.integrations.llm_compressor.moequant.modifier import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
 from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
@@ -34,7 +35,8 @@ from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
     score_weights,
     weights_of_scheme,
 )
-from moeq_plugin.integrations.llm_compressor.solving import guard, weight_args
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
+from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.records.run import Basis, LinearRecord
@@ -177,7 +179,7 @@ class RWKVQuantModifier(MoEQuantModifier):
         if self._calibration is None:
             return  # everything was done on the text that the model wrote itself
         self._padding = PaddingWatch(state)
-        self._undo.callback(self._padding.listen())
+        listen_to_batches(self._padding, self._undo)
         self._code_calibration = Calibration(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,

@@ -1,72 +1,74 @@
-"""Calibrate on text that the model writes itself (EBSS), inside the host's ordinary flow.
+"""Calibration text that the model writes itself (EBSS), inside the host's ordinary flow.
 
-Without a data set the host runs its data-free pipeline, in which a modifier may do as it likes at
-the start of calibration: there we sample, and run the host's sequential pipeline on the result.
-``dataset="ebss"`` samples where the host tokenizes its data sets.
+Without a data set a modifier has text made at the start of calibration and runs a pass of its own
+over it. ``dataset="ebss"`` has it made where the host tokenizes its data sets.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.utils import patch_attr
 from datasets import Dataset
-from llmcompressor.args import DatasetArguments
-from llmcompressor.core import State
-from llmcompressor.entrypoints.oneshot import Oneshot
-from llmcompressor.modeling.moe import context as moe_context
-from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.transformers.data.base import TextGenerationDataset
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor.calibration.ranks import own_part
-from moeq_plugin.integrations.llm_compressor.host import running_oneshot
+from moeq_plugin.integrations.llm_compressor.host import (
+    run_routed_tokens_only,
+    running_oneshot,
+    running_tokenizer,
+)
 from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset, sample_set
 from moeq_plugin.records.sampling import SamplingReport
 
 _BATCH_TOKENS = 2048
 
 
-def calibrate_on_own_text(
-    state: State, config: EBSSConfig, path: Path | None = None
-) -> SamplingReport:
-    """Sample a set, make it the state's calibration data, run the host's sequential pipeline.
+@dataclass(frozen=True)
+class OwnText:
+    """Calibration batches that the model wrote, this rank's part of them, and what they are like.
+
+    Attributes:
+        batches: of ``input_ids``.
+        report: on the whole set.
+    """
+
+    batches: DataLoader[Any]
+    report: SamplingReport
+
+
+def write_own_text(model: PreTrainedModel, config: EBSSConfig, path: Path | None = None) -> OwnText:
+    """Let the model write its calibration set.
 
     Args:
-        state: holds the linearized model, its modifier initialized.
+        model: the linearized model.
         config: what to sample.
         path: where to keep the set, so that an interrupted run continues it.
-
-    Returns:
-        What the set is like.
     """
-    model = state.model
     logger.info(
         f"no data set given: the model writes its own, {config.num_sequences} sequences of "
         f"{config.seq_len} tokens, {'sampled' if config.tau is None else 'balanced by EBSS'} "
         f"(seed {config.seed})"
     )
-    running = running_oneshot()
     # every token to every expert would give the same text, many times slower; and the schemes of
     # linears that are not quantized yet have no scales
-    routed_only = patch_attr(moe_context, "_CALIBRATE_ALL_EXPERTS", False)
-    with routed_only, DisableQuantization(model):
-        sampled = sample_set(model, _tokenizer(running), config, path=path)
+    with ExitStack() as undo, DisableQuantization(model):
+        run_routed_tokens_only(model, undo)
+        sampled = sample_set(model, running_tokenizer(), config, path=path)
     rows = sampled.dataset.select_columns(["input_ids"])
-    loader = DataLoader(
+    batches = DataLoader(
         rows.select(own_part(range(len(rows)))),
         batch_size=max(1, _BATCH_TOKENS // config.seq_len),
         collate_fn=default_data_collator,
     )
-    arguments = running.dataset_args if running is not None else DatasetArguments()
-    state.data.calib = loader
-    SequentialPipeline()(model, loader, arguments)
-    return sampled.report
+    return OwnText(batches, sampled.report)
 
 
 @TextGenerationDataset.register(name="ebss")
@@ -91,10 +93,4 @@ class EBSSDataset(TextGenerationDataset):
             num_sequences=arguments.num_calibration_samples or EBSSConfig.num_sequences,
             seq_len=arguments.max_seq_length or EBSSConfig.seq_len,
         )
-        return ebss_dataset(running.model, _tokenizer(running), config)
-
-
-def _tokenizer(running: Oneshot | None) -> PreTrainedTokenizerBase | None:
-    processor = getattr(running, "processor", None)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        return ebss_dataset(running.model, running_tokenizer(), config)

@@ -1,15 +1,11 @@
-"""What llm-compressor 0.14 has to be spared for its AWQ to run everywhere."""
+"""Running a model on its weights as they are, schemes or not."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from compressed_tensors.quantization import disable_quantization, enable_quantization
-from compressed_tensors.utils import patch_attr
-from llmcompressor.modifiers.transform.awq import base
-from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import nn
 
 
@@ -31,20 +27,3 @@ def unquantized(model: nn.Module) -> Iterator[None]:
     finally:
         for module in at_work:
             enable_quantization(module)
-
-
-@contextlib.contextmanager
-def summed_already() -> Iterator[None]:
-    """Keep the host from adding up over ranks, which it does on accelerators only (0.14)."""
-    with patch_attr(base, "is_distributed", lambda: False):
-        yield
-
-
-@contextlib.contextmanager
-def without_pinning() -> Iterator[None]:
-    """Pin no memory where there is no accelerator; the host (0.14) fails there."""
-    if torch.accelerator.is_available():
-        yield
-        return
-    with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
-        yield
