@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moeq_plugin.cli import app
 from moeq_plugin.cli.display import Timed
 from moeq_plugin.cli.quantize import _of_recipe
-from moeq_plugin.integrations.llm_compressor.moequant.run_state import WorkDir
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.records.progress import Progress, listening
 
 runner = CliRunner()
@@ -67,14 +67,14 @@ def test_json_lines_are_all_that_standard_output_holds(tiny):
 
 
 def test_an_interrupted_run_goes_on_only_when_told_to(tiny, monkeypatch):
-    keep = WorkDir.keep
+    keep = RunState.keep
 
     def interrupt(self, *arguments):
         keep(self, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(WorkDir, "keep", interrupt)
+        patched.setattr(RunState, "keep", interrupt)
         stopped = quantize(tiny, "--scheme", "W4A16_G32")
     assert stopped.exit_code == 130
     assert "--resume continues from" in stopped.stderr

@@ -144,7 +144,7 @@ def _of_recipe(path: Path, work_dir: Path) -> list[Any]:
     """
     from llmcompressor.recipe import Recipe
 
-    from moeq_plugin import MoEQuantModifier, RWKVQuantModifier
+    from moeq_plugin import MoEQuantModifier
 
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a recipe in YAML")
@@ -154,12 +154,9 @@ def _of_recipe(path: Path, work_dir: Path) -> list[Any]:
         raise ValueError(f"{path} is not a recipe: {error}") from error
     if not modifiers:
         raise ValueError(f"{path} names no modifier")
-    ours = [m for m in modifiers if isinstance(m, MoEQuantModifier)]
-    resumable = [m for m in ours if not isinstance(m, RWKVQuantModifier)]
-    if len(modifiers) == 1 and resumable:
-        resumable[0].work_dir = str(work_dir)
-    else:
-        typer.echo(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
+    if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):
+        return [modifiers[0].model_copy(update={"work_dir": str(work_dir)})]
+    typer.echo(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
     return modifiers
 
 

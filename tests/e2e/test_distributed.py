@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, SensitivityTable
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
-from moeq_plugin.integrations.llm_compressor.moequant.run_state import WorkDir
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 
 
 def run(model_path, out, **settings):
@@ -45,7 +45,7 @@ def worker(rank, world_size, rendezvous, model_path, out, settings):
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
     if settings.pop("dies", None) == rank:
-        keep_alive = WorkDir.begin
+        keep_alive = RunState.begin
 
         def begin_and_die_later(self, data):
             keep_alive(self, data)
@@ -60,7 +60,7 @@ def worker(rank, world_size, rendezvous, model_path, out, settings):
 
             ranks.exchange = exchange_or_die
 
-        WorkDir.begin = begin_and_die_later
+        RunState.begin = begin_and_die_later
     run(model_path, out, **settings)
     distributed.destroy_process_group()
 

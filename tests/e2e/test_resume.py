@@ -210,7 +210,7 @@ def test_data_in_changing_order_are_refused(model_path, tmp_path):
 def test_every_kind_of_run_continues(settings, model_path, tmp_path, monkeypatch):
     """Stopped after two layers, by an exception as good as a kill: nothing is flushed after it."""
     run(model_path, tmp_path / "whole", **settings)
-    keep, count = work_dir_module.WorkDir.keep, iter(range(1000))
+    keep, count = work_dir_module.RunState.keep, iter(range(1000))
 
     def stop(self, *arguments):
         if next(count) == 2:
@@ -218,7 +218,7 @@ def test_every_kind_of_run_continues(settings, model_path, tmp_path, monkeypatch
         keep(self, *arguments)
 
     with monkeypatch.context() as process:
-        process.setattr(work_dir_module.WorkDir, "keep", stop)
+        process.setattr(work_dir_module.RunState, "keep", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model_path, tmp_path / "out", tmp_path / "work", **settings)
     run(model_path, tmp_path / "out", tmp_path / "work", **settings)

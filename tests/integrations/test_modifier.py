@@ -33,7 +33,7 @@ def share_of_equal(ours, theirs):
 
 
 def record_of(modifier) -> RunRecord:
-    return modifier._record
+    return modifier.record
 
 
 def starve(model, allowed):

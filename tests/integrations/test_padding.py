@@ -26,7 +26,7 @@ def test_padding_does_not_count_in_any_pipeline(pipeline, tmp_path):
 
     oneshot(model, modifier, padded("right"), batch_size=2, pipeline=pipeline)
 
-    by_name = {record.name: record for record in modifier._record.linears}
+    by_name = {record.name: record for record in modifier.record.linears}
     assert len(by_name) == 2 * (4 + 4 * 3)
     assert by_name["model.layers.1.self_attn.q_proj"].effective_tokens == 4 * 20
 

@@ -51,7 +51,7 @@ def test_runs_beside_a_modifier_that_needs_no_data(tmp_path):
     host(model=model, recipe=[attention, ours], processor=NoProcessor())
 
     assert len(weights_of(model)) == 2 * (4 + 4 * 3)
-    assert len(ours._record.linears) == 2 * 4 * 3
+    assert len(ours.record.linears) == 2 * 4 * 3
 
 
 def test_a_recipe_written_without_data_still_takes_data(tmp_path):
@@ -77,7 +77,7 @@ def test_the_data_set_named_ebss_is_sampled_with_the_running_model():
     host(model=model, tokenizer=tokenizer, recipe=modifier, dataset="ebss",
          num_calibration_samples=2, max_seq_length=16)  # fmt: skip
 
-    attention = next(r for r in modifier._record.linears if r.name.endswith("q_proj"))
+    attention = next(r for r in modifier.record.linears if r.name.endswith("q_proj"))
     assert attention.effective_tokens == 2 * 16
 
 

@@ -61,6 +61,46 @@ class BitAllocator:
         self.table: SensitivityTable | None = None
         self.allocation: Allocation | None = None
 
+    @classmethod
+    def of(cls, request, model, layers, *, targets, ignore, weight_observer):
+        from moeq_plugin.integrations.llm_compressor.allocation.options import parse_options
+        from moeq_plugin.integrations.llm_compressor.allocation.target_linears import target_linears
+
+        self = cls(
+            model,
+            layers,
+            target_linears(model, layers, targets, ignore),
+            parse_options(request.options, weight_observer),
+            request.target,
+        )
+        self._request = request
+        if request.allocation is not None:
+            self.use(Allocation.load(request.allocation))
+            return self
+        self.check_budget(request.budget)
+        if isinstance(request.sensitivity, str):
+            self.solve(
+                SensitivityTable.load(request.sensitivity), request.budget, robust=request.robust
+            )
+        return self
+
+    @property
+    def is_decided(self):
+        return self.allocation is not None
+
+    def measure(self, modifier, state, kept):
+        from compressed_tensors.distributed import is_source_process
+
+        from moeq_plugin.files.atomic import write_whole
+
+        if kept is not None and kept.exists():
+            table = SensitivityTable.load(kept)
+        else:
+            table = measure_sensitivity(modifier, state)
+            if kept is not None and is_source_process():
+                write_whole(kept, table.save)
+        self.solve(table, self._request.budget, robust=self._request.robust)
+
     def check_budget(self, budget: BitBudget) -> None:
         """Refuse a budget that no choice of options can meet, before anything is measured.
 

@@ -40,7 +40,7 @@ def prepare_saving(
     model: PreTrainedModel,
     layers: list[MoELayer],
     record: RunRecord,
-    save_more: Callable[[Path], None],
+    save_more: Callable[[Path], None] = lambda _directory: None,
 ) -> None:
     """Fix the names of experts and write ``record`` whenever the model is saved, in place.
 

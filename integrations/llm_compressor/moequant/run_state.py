@@ -28,7 +28,7 @@ _RUN_FILE = "run.json"
 _SAMPLED_ELEMENTS = 2**16  # of every parameter
 
 
-class WorkDir:
+class RunState:
     """The directory of one run: what the run is, and what it has finished.
 
     Args:

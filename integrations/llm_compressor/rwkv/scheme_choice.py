@@ -16,7 +16,9 @@ from torch import nn
 
 from moeq_plugin.core.uniformity import Gaps, UniformityScore, score_uniformity
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.models.packed import packed_modules
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix in servers
 
@@ -111,6 +113,23 @@ def scalar_bits(linear: nn.Linear, weights: QuantizationArgs) -> int:
     if not weights.symmetric:
         bits += groups * _words(rows * weights.num_bits)
     return bits
+
+
+def stored_bits_per_weight(model: nn.Module) -> float:
+    """Return the bits per quantized weight, with all codebooks, scales and zero points.
+
+    Args:
+        model: its encoded modules packed, the others with their schemes.
+    """
+    packed = packed_modules(model).values()
+    bits = sum(32 * module.packed.numel() for module in packed)
+    weights = sum(module.weight_shape.numel() for module in packed)
+    for module in model.modules():
+        args = weight_args(module)
+        if args is not None and isinstance(module, nn.Linear):
+            bits += scalar_bits(module, args)
+            weights += module.weight.numel()
+    return bits / max(1, weights)
 
 
 def _words(bits: int) -> int:

@@ -1,0 +1,222 @@
+"""One quantization of one model, from attached schemes to the record of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from copy import deepcopy
+
+import torch
+from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.offload import disable_offloading
+from llmcompressor.core import Event, EventType, State
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization.calibration import observe
+from loguru import logger
+from pydantic import PrivateAttr
+from torch import nn
+
+from moeq_plugin.core.gptq import revive_dead_columns
+from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
+from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.moequant.request import Request
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
+from moeq_plugin.integrations.llm_compressor.schemes import (
+    describe,
+    grid_of,
+    observes_activations,
+    weight_args,
+)
+from moeq_plugin.integrations.llm_compressor.solving import Job, guard, solve_stack, stacks, write
+from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.records.progress import quantize_progress, tell
+from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
+
+
+class _Host(GPTQModifier):
+    """llm-compressor's modifier, which attaches schemes and observers, with our solver in it."""
+
+    _solve: Callable[[], None] = PrivateAttr()
+
+    def compress_modules(self) -> None:
+        """Quantize what was observed since the last layer; called once per layer."""
+        self._solve()
+
+
+class Run:
+    """Quantizes the linears of a request to grids, layer by layer.
+
+    Phases: constructing it attaches the schemes; then :meth:`begin`, :meth:`finish_layer` once per
+    layer, :meth:`end` and :meth:`close`.
+
+    Args:
+        request: what to do.
+        state: the host's.
+        record: filled in linear by linear.
+        kept_state: where finished layers are kept and found again, ``None`` for nowhere.
+    """
+
+    def __init__(
+        self, request: Request, state: State, record: RunRecord, kept_state: RunState | None = None
+    ) -> None:
+        self.record = record
+        self._request, self._kept_state = request, kept_state
+        self._undo = ExitStack()
+        host.undo_with_oneshot(self._undo)
+        self._host = _Host(**deepcopy(dict(request.host_fields)))
+        self._host._solve = self._solve_layer
+        self._host.on_initialize(state)
+        self._names = request.targeted(state.model)
+        # what is still to be quantized; shrinks as records are written
+        self._pending = {m: name for m, name in self._names.items() if weight_args(m)}
+        self._restored: set[nn.Module] = set()
+        self._padding = PaddingWatch(state)
+        self._calibration = Calibration(
+            affinity_power=request.affinity_power,
+            weight_gate_proj=request.weight_gate_proj,
+            seed=request.seed,
+            padding=self._padding,
+        )
+        preflight.check_group_sizes(self._pending)
+
+    def begin(self, state: State) -> None:
+        """Register the hooks that accumulate second moments."""
+        model = state.model
+        layers = find_moe_layers(model)  # a modifier before ours may have removed experts
+        recipe.rename(model, self._names, self._pending)
+        self._host.start_calibration(model)
+        self._undo.callback(self._host.remove_hooks)
+        host.listen_to_batches(self._padding, self._undo)
+        if not any(observes_activations(module) for module in self._pending):
+            # a token that is not routed has weight zero: do not compute what will not count
+            host.run_routed_tokens_only(model, self._undo)
+        self._restore()
+        tell(quantize_progress(self.record.linears, 0, self._pending.values()))
+        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
+        self._calibration.attach(model, layers, linears, self._host.register_hook)
+
+    def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
+        """Quantize the layer that has just been calibrated.
+
+        Args:
+            state: the host's.
+            modules: of the layer.
+        """
+        num_before = len(self.record.linears)
+        modules = [module for module in modules if module not in self._restored]
+        event = Event(type_=EventType.SEQUENTIAL_EPOCH_END)
+        self._host.on_sequential_epoch_end(state, event, modules)  # comes to _solve_layer
+        finished = self.record.linears[num_before:]
+        if not finished:
+            return
+        if self._kept_state is not None and is_source_process():
+            self._kept_state.keep(finished, {name: m for m, name in self._names.items()})
+        tell(quantize_progress(self.record.linears, len(finished), self._pending.values()))
+
+    def end(self, state: State) -> None:
+        """Round to nearest what no batch has called, then remove hooks and observers."""
+        with disable_offloading():
+            for module in list(self._pending):
+                observe(module, base_name="weight")
+                columns = module.weight.shape[1]
+                nothing = torch.zeros(columns, columns, device=module.weight.device)
+                self._solve_stack(
+                    [Job([module], weight_args(module), nothing, 1.0, Basis.NONE, 0.0)]
+                )
+        self._undo.close()
+        self._host.end_calibration(state.model)
+
+    def close(self, state: State) -> None:
+        """Say in one line whether every linear was quantized as asked."""
+        unwell = self.record.count(Basis.NONE) or self._pending
+        num_targets = len(self.record.linears) + len(self._pending)
+        logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
+        self._host.on_finalize(state)
+
+    def _restore(self) -> None:
+        """Take over what an earlier process has finished; it runs along and is not observed."""
+        if self._kept_state is None:
+            return
+        modules = {name: module for module, name in self._names.items()}
+        self.record.linears += self._kept_state.restore(modules)
+        self._restored = {modules[record.name] for record in self.record.linears}
+        for module in self._restored:
+            del self._pending[module]
+        if self._restored:
+            logger.info(f"{len(self._restored)} linears taken over from {self._kept_state.path}")
+
+    def _solve_layer(self) -> None:
+        """Quantize every linear observed since the last layer, with what all ranks have seen."""
+        owners: dict[str, int] = {}
+        if is_distributed():
+            ranks.sum_over_ranks(self._calibration, self._names)
+        self._calibration.check_finite(self._names)
+        if is_distributed():
+            owners = ranks.keep_own_share(self._calibration, self._names)
+        num_before = len(self.record.linears)
+        with torch.no_grad(), disable_offloading():
+            for stack in stacks(self._jobs(), self._max_stack()):
+                self._solve_stack(stack)
+            if is_distributed():
+                self._exchange(owners, num_before)
+        self._calibration.clear_layer()
+
+    def _jobs(self) -> Iterator[Job]:
+        """Guard and give away each observation; one job per weight scheme among its linears."""
+        observations = self._calibration.observations
+        while observations:
+            _, observation = observations.popitem()
+            hessian, weight_sum, basis = guard(
+                observation,
+                self._calibration,
+                min_effective_tokens=self._request.min_effective_tokens,
+                shrinkage=self._request.shrinkage,
+            )
+            effective_tokens = observation.moments.effective_tokens
+            by_scheme: dict[str, list[nn.Linear]] = {}
+            for linear in observation.linears:
+                by_scheme.setdefault(weight_args(linear).model_dump_json(), []).append(linear)
+            for linears in by_scheme.values():
+                args = weight_args(linears[0])
+                yield Job(linears, args, hessian, weight_sum, basis, effective_tokens)
+
+    def _solve_stack(self, stack: list[Job]) -> None:
+        if grid_of(stack[0].args) is None:
+            self._solve_with_host(stack)
+            return
+        rounded = solve_stack(
+            stack,
+            block_size=self._host.block_size,
+            dampening_frac=self._host.dampening_frac or 0.0,
+        )
+        for job, of_job in zip(stack, rounded, strict=True):
+            for linear, loss in write(job, of_job).items():
+                self._note(linear, job, Basis.NONE if loss is None else job.basis, loss)
+
+    def _solve_with_host(self, stack: list[Job]) -> None:
+        """Let the host's solver round to grids that ours does not know (float types, blocks)."""
+        for job in stack:
+            revive_dead_columns(job.hessian)  # the host would set their weights to zero
+            for linear in job.linears:
+                host.solve_with_host(self._host, linear, self._names[linear], job.hessian.clone())
+                self._note(linear, job, job.basis, None)
+
+    def _note(self, linear: nn.Linear, job: Job, basis: Basis, loss: float | None) -> None:
+        name, scheme = self._pending.pop(linear), describe(job.args)
+        record = LinearRecord(name, scheme, basis, job.effective_tokens, loss)
+        self.record.linears.append(record)
+
+    def _exchange(self, owners: dict[str, int], num_before: int) -> None:
+        """Take over what other ranks have solved; all have the same records afterwards."""
+        modules = {name: module for module, name in self._names.items()}
+        own = self.record.linears[num_before:]
+        self.record.linears[num_before:] = ranks.exchange(owners, modules, own)
+        for name in owners:
+            self._pending.pop(modules[name], None)
+
+    def _max_stack(self) -> int | None:
+        """Translate the host's ``batched_quantization``; "auto" means what memory allows."""
+        batched = self._host.batched_quantization
+        return None if batched == "auto" else batched or 1
