@@ -40,7 +40,7 @@ from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.records.run import Basis, LinearRecord
-from moeq_plugin.rwkv.layers import ElementwiseScale, elementwise_parameters
+from moeq_plugin.rwkv import ElementwiseScale, elementwise_parameters
 
 W3_GROUP_64 = {"num_bits": 3, "symmetric": False, "group_size": 64}  # the paper's scalar grid
 
