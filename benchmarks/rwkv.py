@@ -30,11 +30,12 @@ from llmcompressor import oneshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import moeq_plugin.rwkv.rwkv7  # noqa: F401 - registers the architecture
+import moeq_plugin.rwkv  # noqa: F401 - makes transformers know RWKV-7
 from moeq_plugin import RWKVQuantModifier
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import UniformityScore, score_uniformity
+from moeq_plugin.models.elementwise import ElementwiseScale
 from moeq_plugin.models.evaluation import Evaluation, evaluate
 from moeq_plugin.models.packed import (
     CodebookLinear,
@@ -42,7 +43,6 @@ from moeq_plugin.models.packed import (
     packed_modules,
     unpack_modules,
 )
-from moeq_plugin.rwkv.layers import ElementwiseScale
 
 RESULT = ROOT / "benchmarks" / "results" / "rwkv.json"
 SEQUENCES, LENGTH, HELDOUT, SEEDS = 16, 128, 32, (0, 1, 2)

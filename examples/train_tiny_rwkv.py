@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from train_tiny_moe import SEED, THREADS, documents, save_model, schedule, split, token_stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeq_plugin.rwkv.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from moeq_plugin.rwkv import RWKV7Config, RWKV7ForCausalLM
 
 ASSETS = Path(__file__).parent / "assets"
 STEPS, BATCH, SEQUENCE, LEARNING_RATE = 260, 4, 256, 4e-3

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moeq_plugin.rwkv.rwkv7 import RWKV7Config
+from moeq_plugin.rwkv import RWKV7Config
 
 SIZES = {
     "vocab_size": 128,

@@ -1,4 +1,4 @@
-"""Doors of transformers and Optimum, and the GPTQ format.
+"""Entry points of transformers and Optimum, and the GPTQ format.
 
 Importing it registers two methods with transformers: ``moeq``, which loads checkpoints with
 codebook weights beside compressed-tensors ones, and quantizing while loading
@@ -10,7 +10,7 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "moeq_plugin's doors for transformers and Optimum need llm-compressor: "
+        "moeq_plugin's entry points of transformers and Optimum need llm-compressor: "
         "pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 

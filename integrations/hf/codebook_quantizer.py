@@ -62,11 +62,12 @@ class CodebookConfig(QuantizationConfigMixin):
             )
         self.codebooks, self.scalar = codebooks, scalar
         self.format_version, self.dequantize = format_version, dequantize
-        self.quant_method = quant_method
+        # transformers' enumeration lists only its own methods; what is registered is a plain string
+        self.quant_method = quant_method  # type: ignore[assignment]
 
     def forms(self) -> dict[str, PackedFormat]:
         """Return the format of every codebook module by name."""
-        forms = {}
+        forms: dict[str, PackedFormat] = {}
         for group in self.codebooks:
             fields = {key: value for key, value in group.items() if key != "targets"}
             forms |= dict.fromkeys(group["targets"], PackedFormat(**fields))
@@ -74,7 +75,7 @@ class CodebookConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class CodebookQuantizer(HfQuantizer):  # type: ignore[misc]
+class CodebookQuantizer(HfQuantizer):
     """Builds packed modules before weights are loaded, and leaves the rest to compressed-tensors.
 
     Args:

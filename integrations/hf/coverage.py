@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
-from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
 
 _SHOWN = 10
 
@@ -84,5 +84,5 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
-def _is_fused(layer: object) -> bool:
-    return not isinstance(layer.experts, nn.ModuleList)  # type: ignore[attr-defined]
+def _is_fused(layer: MoELayer) -> bool:
+    return not isinstance(layer.experts, nn.ModuleList)

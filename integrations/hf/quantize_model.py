@@ -1,14 +1,14 @@
-"""Quantize a loaded model by running llm-compressor: what the doors of transformers and Optimum do.
+"""Quantize a loaded model by running llm-compressor: common to all entry points.
 
-Both go through ``oneshot`` and :class:`MoEQuantModifier`, so that the same data and seed give the
-same codes whichever door one comes in by.
+Those of transformers and of Optimum both go through ``oneshot`` and :class:`MoEQuantModifier`, so
+that the same data and seed give the same codes through either.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -22,7 +22,7 @@ from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
 NUM_CALIBRATION_SAMPLES = 512  # the host's defaults
 MAX_SEQ_LENGTH = 2048
 
-Calibration = Dataset | str | Sequence[str] | Sequence[Mapping[str, Any]] | None
+Calibration: TypeAlias = Dataset | str | Sequence[str] | Sequence[Mapping[str, Any]] | None
 
 
 def quantize(
@@ -55,7 +55,8 @@ def quantize(
         tokenizer=tokenizer,
         recipe=modifier,
         dataset=as_dataset(dataset),
-        num_calibration_samples=num_calibration_samples,
+        # its arguments class allows None, for all sequences; only the function's signature does not
+        num_calibration_samples=num_calibration_samples,  # type: ignore[arg-type]
         max_seq_length=max_seq_length,
         shuffle_calibration_samples=False,  # sums in one order give the same codes every time
     )
@@ -71,14 +72,14 @@ def as_dataset(data: Calibration) -> Dataset | str | None:
     """
     if data is None or isinstance(data, str | Dataset):
         return data
-    rows = list(data)
-    if rows and all(isinstance(row, str) for row in rows):
-        return Dataset.from_dict({"text": rows})
-    if rows and all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
-        return Dataset.from_list([_plain(row) for row in rows])
+    samples = list(data)
+    if samples and all(isinstance(sample, str) for sample in samples):
+        return Dataset.from_dict({"text": samples})
+    if samples and all(isinstance(s, Mapping) and "input_ids" in s for s in samples):
+        return Dataset.from_list([_plain(sample) for sample in samples])
     raise ValueError(
         "dataset must be a data set, its name, a list of texts or a list of mappings with "
-        f"input_ids, got {type(data).__name__} of {sorted({type(row).__name__ for row in rows})}"
+        f"input_ids, got {type(data).__name__} of {sorted({type(s).__name__ for s in samples})}"
     )
 
 
@@ -102,7 +103,7 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
         raise ValueError(f"{what} has unknown keys:\n" + "\n".join(lines) + f"\nknown: {known}")
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, list[int]]:
+def _plain(sample: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return one sequence's columns as lists, from lists or tensors of one row."""
-    columns = {k: v.tolist() if hasattr(v, "tolist") else list(v) for k, v in row.items()}
+    columns = {k: v.tolist() if hasattr(v, "tolist") else list(v) for k, v in sample.items()}
     return {k: v[0] if v and isinstance(v[0], list) else v for k, v in columns.items()}

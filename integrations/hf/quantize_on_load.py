@@ -32,7 +32,7 @@ METHOD = "moeq_on_load"  # never written to a checkpoint: what is saved is compr
 
 @register_quantization_config(METHOD)
 class MoEQuantConfig(QuantizationConfigMixin):
-    """A wish to quantize a model while it is loaded.
+    """What to do to a model while it is loaded; never changed once it is made.
 
     Args:
         scheme: such as ``W4A16``; or give ``config_groups`` or ``bits_per_weight``.
@@ -67,8 +67,8 @@ class MoEQuantConfig(QuantizationConfigMixin):
         self.tokenizer = tokenizer
         self.num_calibration_samples = num_calibration_samples
         self.max_seq_length = max_seq_length
-        self.settings = settings | ({"scheme": scheme} if scheme is not None else {})
-        self.settings["ignore"] = ignore or []
+        named = {"scheme": scheme} if scheme is not None else {}
+        self.settings = {**settings, **named, "ignore": list(ignore or [])}
         self.modifier()  # says what is wrong before gigabytes are read
 
     def modifier(self) -> MoEQuantModifier:
@@ -86,7 +86,7 @@ class MoEQuantConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class OnLoadQuantizer(HfQuantizer):  # type: ignore[misc]
+class OnLoadQuantizer(HfQuantizer):
     """Runs llm-compressor once the weights are there, and leaves an ordinary model behind."""
 
     requires_calibration = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
-class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc]
+class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum may not be installed
     """Quantizes every expert, weighted by the router, and lets none starve."""
 
     COMMAND = CommandInfo(name="moeq", help="quantize a Mixture-of-Experts model to GPTQ format")

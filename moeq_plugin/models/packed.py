@@ -20,7 +20,7 @@ from moeq_plugin.core.codebook import (
     pack_codes,
     unpack_codes,
 )
-from moeq_plugin.rwkv.layers import ElementwiseScale
+from moeq_plugin.models.elementwise import ElementwiseScale
 
 FORMAT_VERSION = 2  # of what PackedFormat packs, and of the configuration that lists the formats
 

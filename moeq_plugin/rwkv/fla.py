@@ -1,7 +1,8 @@
 """RWKV-7 folders as flash-linear-attention writes them, the form in which most are published.
 
 Its names are those of other transformers models (``model.layers.0.attn.r_proj``), its low-rank
-matrices are linears with a bias. They are renamed to the official names and read as such.
+matrices are linears with a bias. They are renamed to the official names and read as such
+(:mod:`moeq_plugin.rwkv.official`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from moeq_plugin.rwkv.modeling import RWKVForCausalLM
-from moeq_plugin.rwkv.official import from_official
 
 _MARK = "model.embeddings.weight"
 _PARTS = {
@@ -45,14 +43,14 @@ def is_fla_folder(path: str | Path) -> bool:
     return False
 
 
-def load_fla_folder(path: str | Path, *, dtype: torch.dtype | None = None) -> RWKVForCausalLM:
-    """Load a local folder; see :func:`moeq_plugin.rwkv.official.from_official`."""
+def read_fla_folder(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a local folder by official name, in official shapes."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(path).glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             official, is_transposed = _official_name(name)
             tensors[official] = tensor.T if is_transposed else tensor
-    return from_official(tensors, dtype=dtype)
+    return tensors
 
 
 def _official_name(name: str) -> tuple[str, bool]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from moeq_plugin.rwkv.layers import ElementwiseScale, LayerState
+from moeq_plugin.models.elementwise import ElementwiseScale
+from moeq_plugin.rwkv.config import RWKVConfig
+from moeq_plugin.rwkv.fla import is_fla_folder, read_fla_folder
+from moeq_plugin.rwkv.layers import LayerState
+from moeq_plugin.rwkv.official import Tensors, read_pth, to_state_dict, version_of
 
 State = tuple[LayerState, ...]
 _UNUSABLE = ("device_map", "quantization_config", "state_dict", "torch_dtype")
@@ -47,6 +52,7 @@ class RWKVPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     _is_stateful = True
+    config_class: type[RWKVConfig]
     block_class: type[nn.Module]
 
     @torch.no_grad()
@@ -59,7 +65,7 @@ class RWKVPreTrainedModel(PreTrainedModel):
 class RWKVModel(RWKVPreTrainedModel):
     """Token ids to hidden states."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
         self.emb: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -113,7 +119,7 @@ class RWKVModel(RWKVPreTrainedModel):
         )
 
 
-def _check_readable(config: PreTrainedConfig) -> None:
+def _check_readable(config: RWKVConfig) -> None:
     """Refuse codebook weights where nothing reads them.
 
     transformers only warns of a quantization that it does not know, and fills in random weights.
@@ -135,8 +141,9 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.emb.weight"}
     model_class: type[RWKVModel]
+    version: int
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
         _check_readable(config)
         self.model = self.model_class(config)
@@ -146,7 +153,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
-    ) -> RWKVForCausalLM:
+    ) -> Self:
         """Load a folder as transformers does, or a checkpoint of another layout.
 
         Those are official ``.pth`` files and local folders of flash-linear-attention.
@@ -161,19 +168,40 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
             ValueError: if another layout is not of this version or comes with such arguments.
         """
         path = pretrained_model_name_or_path
-        load = _loader_of_another_layout(path)
-        if load is None:
-            loaded: RWKVForCausalLM = super().from_pretrained(path, *model_args, **kwargs)
+        read = _reader_of_another_layout(path)
+        if read is None:
+            loaded: Self = super().from_pretrained(path, *model_args, **kwargs)
             return loaded
         if unusable := [name for name in _UNUSABLE if kwargs.get(name) is not None]:
             raise ValueError(
                 f"{path} is converted while loading, which takes no {unusable}; "
                 "load it, save_pretrained, and load the new folder with them"
             )
-        dtype = kwargs.get("dtype")
-        model = load(path, dtype=None if dtype == "auto" else dtype)
-        if not isinstance(model, cls):
-            raise ValueError(f"{path} is for {type(model).__name__}, not for {cls.__name__}")
+        tensors, dtype = read(path), kwargs.get("dtype")
+        if (version := version_of(tensors)) != cls.version:
+            raise ValueError(f"{path} is for RWKV{version}ForCausalLM, not for {cls.__name__}")
+        return cls.from_official(tensors, dtype=None if dtype == "auto" else dtype)
+
+    @classmethod
+    def from_official(cls, tensors: Tensors, *, dtype: torch.dtype | None = None) -> Self:
+        """Build the model of this version that official tensors belong to.
+
+        Args:
+            tensors: by official name; sizes are read from their shapes.
+            dtype: of the model; ``None`` for that of the embedding.
+
+        Returns:
+            A model in evaluation mode, with copies of the tensors.
+        """
+        config = cls.config_class.of_tensors(tensors)
+        with torch.device("meta"):  # names and shapes only
+            expected = cls(config).state_dict()
+        # before the model is made, which takes long and would be in vain
+        state_dict = to_state_dict(tensors, expected, cls.version)
+        model = cls(config)
+        model.load_state_dict(state_dict)
+        module: nn.Module = model  # transformers' own `to` and `eval` are untyped
+        module.to(tensors["emb.weight"].dtype if dtype is None else dtype).eval()
         return model
 
     def get_output_embeddings(self) -> nn.Module:
@@ -242,14 +270,10 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         return tuple(LayerState(*(x[beam_idx] for x in layer)) for layer in state)
 
 
-def _loader_of_another_layout(path: Any) -> Callable[..., RWKVForCausalLM] | None:
-    # they build the models that are defined with the help of this module
-    from moeq_plugin.rwkv import fla as rwkv_fla
-    from moeq_plugin.rwkv import official as rwkv_checkpoints
-
+def _reader_of_another_layout(path: Any) -> Callable[[str | Path], Tensors] | None:
     if str(path).endswith(".pth"):
-        return rwkv_checkpoints.load_pth
-    return rwkv_fla.load_fla_folder if path and rwkv_fla.is_fla_folder(path) else None
+        return read_pth
+    return read_fla_folder if path and is_fla_folder(path) else None
 
 
 # Functions of their own: llm-compressor rewrites conditions inside the forward of these models.

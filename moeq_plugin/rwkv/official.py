@@ -10,14 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
-
-from moeq_plugin.rwkv.modeling import RWKVForCausalLM
-from moeq_plugin.rwkv.rwkv6 import RWKV6Config, RWKV6ForCausalLM
-from moeq_plugin.rwkv.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -29,117 +24,124 @@ _UNUSED = {f"blocks.0.att.v{index}" for index in range(3)}  # some files have th
 _MOST_NAMES = 60
 
 
+class _Official(NamedTuple):
+    """Where an official file has one of our tensors.
+
+    Attributes:
+        name: official name.
+        part: index in a stacked tensor, ``None`` if the tensor is a whole one.
+        is_transposed: whether the file has the transpose.
+    """
+
+    name: str
+    part: int | None
+    is_transposed: bool
+
+
+class SharedSizes(TypedDict):
+    """The sizes that both versions store alike, by their names in a configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+
+
 def to_official(state_dict: Tensors) -> dict[str, torch.Tensor]:
     """Return the tensors of a model of ours under official names, as an official file has them."""
     parts: dict[str, list[torch.Tensor]] = {}
     for name, tensor in state_dict.items():
-        official, _, is_transposed = _official_name(name)
-        parts.setdefault(official, []).append(tensor.T if is_transposed else tensor)
+        official = _official(name)
+        part = tensor.T if official.is_transposed else tensor
+        parts.setdefault(official.name, []).append(part)
     return {
         name: (torch.stack(part) if name.endswith(_STACKED) else part[0]).contiguous()
         for name, part in parts.items()
     }
 
 
-def from_official(tensors: Tensors, *, dtype: torch.dtype | None = None) -> RWKVForCausalLM:
-    """Build the model that official tensors belong to.
+def to_state_dict(tensors: Tensors, expected: Tensors, version: int) -> dict[str, torch.Tensor]:
+    """Return official tensors under our names, the inverse of :func:`to_official`.
 
     Args:
-        tensors: by official name; sizes are read from their shapes.
-        dtype: of the model; ``None`` for that of the embedding.
+        tensors: by official name; not modified.
+        expected: state dict of a model of their sizes, of which only names and shapes count.
+        version: of that model, for the error.
 
     Returns:
-        An RWKV-6 or RWKV-7 in evaluation mode, with copies of the tensors.
+        Copies of the tensors in the shapes of ``expected``.
 
     Raises:
         ValueError: if tensors are missing, unknown or of another shape; all are listed.
     """
-    is_6 = "blocks.0.att.time_maa_w1" in tensors
-    model_class = RWKV6ForCausalLM if is_6 else RWKV7ForCausalLM
-    config = _read_config_6(tensors) if is_6 else _read_config_7(tensors)
-    with torch.device("meta"):
-        expected = model_class(config).state_dict()
-    wanted = {_official_name(name)[0] for name in expected}
-    given = set(tensors) - _UNUSED
-    if wanted != given:
-        raise ValueError(
-            f"these tensors are no RWKV-{6 if is_6 else 7} of {config.num_hidden_layers} layers "
-            f"and {config.hidden_size} channels. Missing: {_listing(wanted - given)}. "
-            f"Unexpected: {_listing(given - wanted)}"
-        )
+    names = {_official(name).name for name in expected}
+    _check_names(tensors, names, version)
     state_dict, misshapen = {}, []
     for name, parameter in expected.items():
-        official, part, is_transposed = _official_name(name)
-        tensor = tensors[official] if part is None else tensors[official][part]
-        tensor = tensor.T if is_transposed else tensor
+        official = _official(name)
+        stored = tensors[official.name]
+        tensor = stored if official.part is None else stored[official.part]
+        tensor = tensor.T if official.is_transposed else tensor
         if tensor.squeeze().shape != parameter.squeeze().shape:
-            misshapen.append(f"{official} {list(tensors[official].shape)}")
+            misshapen.append(f"{official.name} {list(stored.shape)}")
             continue
         state_dict[name] = tensor.reshape(parameter.shape).clone()
     if misshapen:
         raise ValueError(f"these tensors do not fit the sizes of the others: {misshapen}")
-    model = model_class(config)
-    model.load_state_dict(state_dict)
-    module: nn.Module = model  # transformers' own `to` and `eval` are untyped
-    module.to(tensors["emb.weight"].dtype if dtype is None else dtype).eval()
-    return model
+    return state_dict
 
 
-def load_pth(path: str | Path, *, dtype: torch.dtype | None = None) -> RWKVForCausalLM:
-    """Load an official ``.pth`` file; see :func:`from_official`."""
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return from_official(tensors, dtype=dtype)
+def read_pth(path: str | Path) -> Tensors:
+    """Return the tensors of an official ``.pth`` file, mapped to memory, not yet read."""
+    tensors: Tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
 
 
-def _official_name(name: str) -> tuple[str, int | None, bool]:
-    """Return the official name, the index in a stacked tensor, and whether it is transposed."""
+def version_of(tensors: Tensors) -> int:
+    """Tell the version of official tensors, 6 or 7; what is neither counts as 7."""
+    return 6 if "blocks.0.att.time_maa_w1" in tensors else 7
+
+
+def size_of(tensors: Tensors, name: str, dimension: int, default: int) -> int:
+    """Return a tensor's size in one dimension, or a default where there is no such tensor.
+
+    Sizes are read before names are checked, and the check then lists all that is missing.
+    """
+    return tensors[name].shape[dimension] if name in tensors else default
+
+
+def shared_sizes(tensors: Tensors) -> SharedSizes:
+    """Read the sizes that both versions store alike."""
+    indices = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
+    hidden = size_of(tensors, "emb.weight", 1, 1)
+    return {
+        "vocab_size": size_of(tensors, "emb.weight", 0, 1),
+        "hidden_size": hidden,
+        "num_hidden_layers": max(indices, default=0) + 1,
+        "intermediate_size": size_of(tensors, "blocks.0.ffn.key.weight", 0, 4 * hidden),
+    }
+
+
+def _official(name: str) -> _Official:
     name = name.removeprefix("model.").replace("lm_head.", "head.")
     if match := _PART.fullmatch(name):
-        return match[1], int(match[2]), True
+        return _Official(match[1], int(match[2]), True)
     if match := _LOW_RANK.fullmatch(name):
-        return match[1], None, True
+        return _Official(match[1], None, True)
     if match := _ELEMENTWISE.fullmatch(name):
-        return match[1], None, False
-    return name, None, False
+        return _Official(match[1], None, False)
+    return _Official(name, None, False)
 
 
-def _read_config_7(tensors: Tensors) -> PreTrainedConfig:
-    vocabulary, hidden, layers = _read_sizes(tensors)
-    return RWKV7Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        head_dim=_size(tensors, "blocks.0.att.r_k", 1, hidden),
-        intermediate_size=_size(tensors, "blocks.0.ffn.key.weight", 0, 4 * hidden),
-        decay_low_rank_dim=_size(tensors, "blocks.0.att.w1", 1, 1),
-        a_low_rank_dim=_size(tensors, "blocks.0.att.a1", 1, 1),
-        v_low_rank_dim=_size(tensors, "blocks.1.att.v1", 1, 1),
-        gate_low_rank_dim=_size(tensors, "blocks.0.att.g1", 1, 1),
-    )
-
-
-def _read_config_6(tensors: Tensors) -> PreTrainedConfig:
-    vocabulary, hidden, layers = _read_sizes(tensors)
-    return RWKV6Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        head_dim=_size(tensors, "blocks.0.att.time_faaaa", -1, hidden),
-        intermediate_size=_size(tensors, "blocks.0.ffn.key.weight", 0, 4 * hidden),
-        maa_low_rank_dim=_size(tensors, "blocks.0.att.time_maa_w1", 1, 5) // 5,
-        decay_low_rank_dim=_size(tensors, "blocks.0.att.time_decay_w1", 1, 1),
-    )
-
-
-def _read_sizes(tensors: Tensors) -> tuple[int, int, int]:
-    """Return vocabulary, channels and layers; 1 where a file of another layout tells nothing."""
-    indices = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
-    vocabulary = _size(tensors, "emb.weight", 0, 1)
-    return vocabulary, _size(tensors, "emb.weight", 1, 1), max(indices, default=0) + 1
-
-
-def _size(tensors: Tensors, name: str, dimension: int, default: int) -> int:
-    return tensors[name].shape[dimension] if name in tensors else default
+def _check_names(tensors: Tensors, wanted: set[str], version: int) -> None:
+    given = set(tensors) - _UNUSED
+    if wanted != given:
+        sizes = shared_sizes(tensors)
+        raise ValueError(
+            f"these tensors are no RWKV-{version} of {sizes['num_hidden_layers']} layers "
+            f"and {sizes['hidden_size']} channels. Missing: {_listing(wanted - given)}. "
+            f"Unexpected: {_listing(given - wanted)}"
+        )
 
 
 def _listing(names: set[str]) -> str:

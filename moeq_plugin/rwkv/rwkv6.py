@@ -1,23 +1,22 @@
 """RWKV-6 "Finch" (x060, arXiv:2404.05892) as a transformers model in plain PyTorch.
 
 Built like :mod:`moeq_plugin.rwkv.rwkv7`: every matrix an ``nn.Linear``, every element-wise
-weight hookable, names the official ones (``time_maa_w``, ``time_decay_w1``). Importing this module
-registers model type ``rwkv6`` with ``AutoConfig`` and ``AutoModelForCausalLM``.
+weight hookable, names the official ones (``time_maa_w``, ``time_decay_w1``).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
+from moeq_plugin.models.elementwise import ElementwiseScale
+from moeq_plugin.rwkv.config import RWKVConfig
 from moeq_plugin.rwkv.layers import (
-    ElementwiseScale,
     LayerState,
     empty_state,
     merge_heads,
@@ -26,57 +25,40 @@ from moeq_plugin.rwkv.layers import (
     token_mask,
 )
 from moeq_plugin.rwkv.modeling import RWKVForCausalLM, RWKVModel, RWKVPreTrainedModel
+from moeq_plugin.rwkv.official import Tensors, shared_sizes, size_of
 from moeq_plugin.rwkv.scan import rwkv6_scan
 
 
-class RWKV6Config(PreTrainedConfig):
+class RWKV6Config(RWKVConfig):
     """Sizes of an RWKV-6; the defaults are those of the smallest published model.
 
+    The channel mix has 3.5 times as many channels by default, rounded down to a multiple of 32.
+
     Attributes:
-        vocab_size: number of tokens.
-        hidden_size: channels; a multiple of ``head_dim``.
-        num_hidden_layers: blocks.
-        head_dim: channels per head.
-        intermediate_size: channels inside the channel mix; ``None`` for 3.5 times as many,
-            rounded down to a multiple of 32.
         maa_low_rank_dim: rank of each of the five mixes in ``time_maa_w1``, ``time_maa_w2``.
-        decay_low_rank_dim: rank of ``time_decay_w1``, ``time_decay_w2``.
-        norm_eps: of the layer norms.
-        head_norm_eps: of the norm over each head's output.
-        initializer_range: standard deviation of new matrices.
-        use_cache: whether the model returns its state by default.
     """
 
     model_type = "rwkv6"
 
-    vocab_size: int = 65536
     hidden_size: int = 2048
     num_hidden_layers: int = 24
-    head_dim: int = 64
-    intermediate_size: int | None = None
     maa_low_rank_dim: int = 32
-    decay_low_rank_dim: int = 64
-    norm_eps: float = 1e-5
-    head_norm_eps: float = 64e-5
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: if the heads do not fill the channels.
-        """
-        if self.hidden_size % self.head_dim:
-            raise ValueError(
-                f"hidden_size must be a multiple of head_dim {self.head_dim}, "
-                f"got {self.hidden_size}"
-            )
+        """Fill in what is left open."""
         self.intermediate_size = self.intermediate_size or int(self.hidden_size * 3.5) // 32 * 32
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def of_tensors(cls, tensors: Tensors) -> Self:
+        """Read the sizes of a model from its official tensors."""
+        sizes = shared_sizes(tensors)
+        return cls(
+            **sizes,
+            head_dim=size_of(tensors, "blocks.0.att.time_faaaa", -1, sizes["hidden_size"]),
+            maa_low_rank_dim=size_of(tensors, "blocks.0.att.time_maa_w1", 1, 5) // 5,
+            decay_low_rank_dim=size_of(tensors, "blocks.0.att.time_decay_w1", 1, 1),
+        )
 
 
 class RWKV6TimeMix(nn.Module):
@@ -214,8 +196,4 @@ class RWKV6ForCausalLM(_RWKV6PreTrainedModel, RWKVForCausalLM):
     """RWKV-6 that predicts the next token."""
 
     model_class = RWKV6Model
-
-
-AutoConfig.register("rwkv6", RWKV6Config, exist_ok=True)
-AutoModel.register(RWKV6Config, RWKV6Model, exist_ok=True)
-AutoModelForCausalLM.register(RWKV6Config, RWKV6ForCausalLM, exist_ok=True)
+    version = 6

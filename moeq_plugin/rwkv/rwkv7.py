@@ -1,25 +1,24 @@
 """RWKV-7 "Goose" (x070, arXiv:2503.14456) as a transformers model in plain PyTorch.
 
 Every matrix is an ``nn.Linear``, also the factors of the low-rank ones, and every element-wise
-weight an :class:`~moeq_plugin.rwkv.layers.ElementwiseScale`, so that both can be hooked and
-quantized. Names are the official ones (``receptance``, ``w1``, ``k_k``). Importing this module
-registers model type ``rwkv7`` with ``AutoConfig`` and ``AutoModelForCausalLM``.
+weight an :class:`~moeq_plugin.models.elementwise.ElementwiseScale`, so that both can be hooked and
+quantized. Names are the official ones (``receptance``, ``w1``, ``k_k``).
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
+from moeq_plugin.models.elementwise import ElementwiseScale
+from moeq_plugin.rwkv.config import RWKVConfig
 from moeq_plugin.rwkv.layers import (
-    ElementwiseScale,
     LayerState,
     empty_state,
     merge_heads,
@@ -28,62 +27,46 @@ from moeq_plugin.rwkv.layers import (
     token_mask,
 )
 from moeq_plugin.rwkv.modeling import RWKVForCausalLM, RWKVModel, RWKVPreTrainedModel
+from moeq_plugin.rwkv.official import Tensors, shared_sizes, size_of
 from moeq_plugin.rwkv.scan import rwkv7_scan
 
 _STRONGEST_LOG_DECAY = -math.exp(-0.5)
 
 
-class RWKV7Config(PreTrainedConfig):
+class RWKV7Config(RWKVConfig):
     """Sizes of an RWKV-7; the defaults are those of the smallest published model.
 
+    The channel mix has four times as many channels by default.
+
     Attributes:
-        vocab_size: number of tokens.
-        hidden_size: channels; a multiple of ``head_dim``.
-        num_hidden_layers: blocks.
-        head_dim: channels per head.
-        intermediate_size: channels inside the channel mix; ``None`` for four times as many.
-        decay_low_rank_dim: rank of ``w1``, ``w2``.
         a_low_rank_dim: rank of ``a1``, ``a2``.
         v_low_rank_dim: rank of ``v1``, ``v2``.
         gate_low_rank_dim: rank of ``g1``, ``g2``.
-        norm_eps: of the layer norms.
-        head_norm_eps: of the norm over each head's output.
-        initializer_range: standard deviation of new matrices.
-        use_cache: whether the model returns its state by default.
     """
 
     model_type = "rwkv7"
 
-    vocab_size: int = 65536
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    head_dim: int = 64
-    intermediate_size: int | None = None
-    decay_low_rank_dim: int = 64
     a_low_rank_dim: int = 64
     v_low_rank_dim: int = 32
     gate_low_rank_dim: int = 128
-    norm_eps: float = 1e-5
-    head_norm_eps: float = 64e-5
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: if the heads do not fill the channels.
-        """
-        if self.hidden_size % self.head_dim:
-            raise ValueError(
-                f"hidden_size must be a multiple of head_dim {self.head_dim}, "
-                f"got {self.hidden_size}"
-            )
+        """Fill in what is left open."""
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def of_tensors(cls, tensors: Tensors) -> Self:
+        """Read the sizes of a model from its official tensors."""
+        sizes = shared_sizes(tensors)
+        return cls(
+            **sizes,
+            head_dim=size_of(tensors, "blocks.0.att.r_k", 1, sizes["hidden_size"]),
+            decay_low_rank_dim=size_of(tensors, "blocks.0.att.w1", 1, 1),
+            a_low_rank_dim=size_of(tensors, "blocks.0.att.a1", 1, 1),
+            v_low_rank_dim=size_of(tensors, "blocks.1.att.v1", 1, 1),
+            gate_low_rank_dim=size_of(tensors, "blocks.0.att.g1", 1, 1),
+        )
 
 
 class RWKV7TimeMix(nn.Module):
@@ -236,8 +219,4 @@ class RWKV7ForCausalLM(_RWKV7PreTrainedModel, RWKVForCausalLM):
     """RWKV-7 that predicts the next token."""
 
     model_class = RWKV7Model
-
-
-AutoConfig.register("rwkv7", RWKV7Config, exist_ok=True)
-AutoModel.register(RWKV7Config, RWKV7Model, exist_ok=True)
-AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM, exist_ok=True)
+    version = 7

@@ -31,7 +31,7 @@ PROBE = """
 import sys, torch
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM
-import moeq_plugin.integrations.hf, moeq_plugin.rwkv.rwkv7
+import moeq_plugin.integrations.hf, moeq_plugin.rwkv
 from moeq_plugin.models.packed import packed_modules
 
 tokens = torch.arange(1, 40)[None]
@@ -211,7 +211,7 @@ def test_a_tensor_of_another_size_is_named(saved, tmp_path):
 def test_without_the_reader_codebooks_are_refused_and_not_left_random(saved):
     _, out = saved["hybrid"]
     code = (
-        "import moeq_plugin.rwkv.rwkv7\nfrom transformers import AutoModelForCausalLM\n"
+        "import moeq_plugin.rwkv\nfrom transformers import AutoModelForCausalLM\n"
         f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

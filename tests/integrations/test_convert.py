@@ -352,13 +352,19 @@ def test_a_directory_with_files_in_it_is_refused(tmp_path):
     assert (tmp_path / "out" / "precious").exists()
 
 
+def cut_off(directory):
+    file = packed(directory) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "config.json is missing"),
+        (lambda d: None, "config.json cannot be read: No such file"),
         (lambda d: write_checkpoint(d, {}, packed_section(W4), num_files=0), "no .*safetensors"),
+        (cut_off, "model.safetensors: the header is to have [0-9]+ bytes, the file has 40 in all"),
     ],
-    ids=["no-directory", "no-weights"],
+    ids=["no-directory", "no-weights", "cut-off"],
 )
 def test_a_directory_that_is_no_checkpoint_is_refused(prepare, message, tmp_path):
     prepare(tmp_path / "source")

@@ -22,9 +22,9 @@ from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import score_uniformity
+from moeq_plugin.models.elementwise import ElementwiseScale
 from moeq_plugin.models.packed import CodebookScale, packed_modules
 from moeq_plugin.records.run import Basis, RunRecord
-from moeq_plugin.rwkv.layers import ElementwiseScale
 
 FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 KEPT = ("emb", "lm_head", "ln", "w0", "a0", "v0")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moeq_plugin.core.codebook import CodebookFormat, encode
+from moeq_plugin.models.elementwise import ElementwiseScale
 from moeq_plugin.models.packed import (
     CodebookLinear,
     CodebookScale,
@@ -13,7 +14,6 @@ from moeq_plugin.models.packed import (
     packed_modules,
     unpack_modules,
 )
-from moeq_plugin.rwkv.layers import ElementwiseScale
 
 LINEAR = CodebookFormat(4, 2, group_rows=5, group_columns=16)
 ROW = CodebookFormat(3, 1, group_rows=1, group_columns=48)

@@ -16,6 +16,7 @@ from moeq_plugin.rwkv import (
     load_pth,
     to_official,
 )
+from moeq_plugin.rwkv.loading import load_fla_folder
 
 REAL = Path(__file__).parents[3] / "shared/data/rwkv"
 NORMS = ["ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias"]
@@ -146,11 +147,32 @@ def test_a_folder_of_flash_linear_attention_is_read_too(tmp_path):
     model = tiny_rwkv("rwkv7")
     write_as_fla(model, tmp_path)
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    by_name, by_tensors = AutoModelForCausalLM.from_pretrained(tmp_path), load_fla_folder(tmp_path)
 
-    assert type(loaded) is RWKV7ForCausalLM
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for loaded in (by_name, by_tensors):
+        assert type(loaded) is RWKV7ForCausalLM
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="is for RWKV7ForCausalLM, not for RWKV6ForCausalLM"):
+        RWKV6ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_class_of_ones_own_is_what_its_from_pretrained_returns(version, tensors, tmp_path):
+    class Mine({"rwkv6": RWKV6ForCausalLM, "rwkv7": RWKV7ForCausalLM}[version]):
+        pass
+
+    torch.save(tensors, tmp_path / "model.pth")
+
+    assert type(Mine.from_pretrained(tmp_path / "model.pth")) is Mine
+    assert type(Mine.from_official(tensors)) is Mine
+
+
+def test_sizes_are_read_from_the_tensors_alone(version):
+    model = tiny_rwkv(version, num_hidden_layers=2, intermediate_size=40, decay_low_rank_dim=5)
+
+    read = type(model.config).of_tensors(to_official(model.state_dict()))
+
+    assert read.to_dict() == model.config.to_dict()
 
 
 def test_a_file_of_the_other_version_is_refused(version, tensors, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
@@ -26,7 +27,6 @@ from moeq_plugin.integrations.hf.gptq.files import (
     ShardWriter,
     WeightFiles,
     new_directory,
-    read_json,
     write_json,
 )
 from moeq_plugin.integrations.hf.gptq.names import Names, rename_modules, renamer

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from moeq_plugin.checkpoint.headers import StoredTensor, read_header
 from moeq_plugin.files.atomic import staged
 
 INDEX = "model.safetensors.index.json"
@@ -31,33 +32,32 @@ class WeightFiles:
         self.files = sorted(directory.glob("*.safetensors"))
         if not self.files:
             raise ValueError(f"{directory} holds no *.safetensors file; expected a checkpoint")
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    self._file_of[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        stored = [tensor for path in self.files for tensor in sorted(read_header(path), key=_name)]
+        self._stored = {tensor.name: tensor for tensor in stored}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return a tensor's shape, ``None`` if there is no such tensor."""
-        return self._shapes.get(name)
+        return self._stored[name].shape if name in self._stored else None
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor."""
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with safe_open(self._stored[name].path, framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name)
             return found
 
     def names_in(self, path: Path) -> list[str]:
         """Return the names of the tensors in one of the files."""
-        return [name for name, file in self._file_of.items() if file == path]
+        return [name for name, tensor in self._stored.items() if tensor.path == path]
+
+
+def _name(tensor: StoredTensor) -> str:
+    return tensor.name
 
 
 class ShardWriter:
@@ -96,18 +96,6 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path} is not empty; nothing was written. Choose a new directory.")
     with staged(path) as unfinished:
         yield unfinished
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file.
-
-    Raises:
-        ValueError: if it is not there or no JSON.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; expected a checkpoint directory")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

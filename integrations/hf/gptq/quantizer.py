@@ -52,6 +52,8 @@ _SERIALIZED = (
 class MoEGPTQQuantizer:
     """Quantizes a model with MoEQuant and saves it in GPTQ format.
 
+    What it was made with is never changed, so that it can quantize one model after another.
+
     Args:
         bits: 2, 3, 4 or 8.
         dataset: texts, tokenized sequences, a data set or its name; ``None`` lets the model write
@@ -109,11 +111,8 @@ class MoEGPTQQuantizer:
                 "activations too, and stores nothing that slows a server down"
             )
         self.bits, self.group_size, self.sym = bits, group_size, sym
-        self.damp_percent, self.desc_act, self.act_group_aware = (
-            damp_percent,
-            False,
-            act_group_aware,
-        )
+        self.damp_percent, self.act_group_aware = damp_percent, act_group_aware
+        self.desc_act = False  # what is written says so
         self.format = format and ZeroPoints(format.lower()).value
         self.names = Names(names)
         self.dataset, self.tokenizer = as_dataset(dataset), tokenizer

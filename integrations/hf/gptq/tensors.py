@@ -69,7 +69,7 @@ def check_packed(files: WeightFiles, grid: Grid) -> None:
             continue
         rows, columns = files.tensor(f"{name}.weight_shape").tolist()
         groups = _groups(columns, grid)
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             "weight_packed": (rows, math.ceil(columns * bits / 32)),
             "weight_scale": (rows, groups),
         }
@@ -112,7 +112,8 @@ def packed_zero_points(files: WeightFiles, name: str, grid: Grid) -> torch.Tenso
     if grid.symmetric:
         return torch.zeros(shape, dtype=torch.int8)
     packed = files.tensor(f"{name}.weight_zero_point")
-    return unpack_from_int32(packed, grid.num_bits, shape, packed_dim=0)
+    unpacked: torch.Tensor = unpack_from_int32(packed, grid.num_bits, shape, packed_dim=0)
+    return unpacked
 
 
 def write_gptq_linear(name: str, weight: Codes, form: GPTQFormat) -> dict[str, torch.Tensor]:

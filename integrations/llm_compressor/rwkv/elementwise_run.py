@@ -17,8 +17,8 @@ from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.rwkv.codebook_run import take_encoded
+from moeq_plugin.models.elementwise import ElementwiseScale, elementwise_parameters
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
-from moeq_plugin.rwkv.layers import ElementwiseScale, elementwise_parameters
 
 
 class ElementwiseRun:

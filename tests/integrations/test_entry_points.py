@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from moeq_plugin.integrations.hf.gptq.quantizer import HOST_DECIDES, MoEGPTQQuan
 from moeq_plugin.integrations.hf.quantize_model import as_dataset
 from moeq_plugin.models.moe import find_moe_layers
 
-DOORS = ["from_pretrained", "Optimum"]
+ENTRY_POINTS = ["from_pretrained", "Optimum"]
 OWN_TEXT = {"ebss": {"num_sequences": 4, "seq_len": 16}}
 SIZES = {"deepseek_v2": {"kv_lora_rank": 32, "num_hidden_layers": 2}}
 
@@ -69,8 +70,10 @@ def by_optimum(directory, **settings):
     return quantizer, quantizer.quantize_model(load(directory))
 
 
-def through(door, directory):
-    return by_from_pretrained(directory) if door == DOORS[0] else by_optimum(directory)[1]
+def through(entry_point, directory):
+    if entry_point == "from_pretrained":
+        return by_from_pretrained(directory)
+    return by_optimum(directory)[1]
 
 
 def codes(directory):
@@ -79,7 +82,7 @@ def codes(directory):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("data", [dataset(), None], ids=["data", "own-text"])
-def test_the_three_doors_give_identical_codes(family, data, saved, tmp_path):
+def test_the_three_entry_points_give_identical_codes(family, data, saved, tmp_path):
     directory = saved(family)
     model = load(directory)
     arguments = {"processor": PreTrainedTokenizerFast.from_pretrained(directory)}
@@ -98,16 +101,16 @@ def test_the_three_doors_give_identical_codes(family, data, saved, tmp_path):
     convert(tmp_path / "gptq", tmp_path / "optimum", "compressed-tensors")
 
     expected = codes(tmp_path / "oneshot")
-    for door in ("loaded", "optimum"):
-        found = codes(tmp_path / door)
+    for other in ("loaded", "optimum"):
+        found = codes(tmp_path / other)
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "qwen2_moe"])
-def test_all_of_the_blocks_is_quantized_and_said_so(family, door, saved, log):
-    model = through(door, saved(family))
+def test_all_of_the_blocks_is_quantized_and_said_so(family, entry_point, saved, log):
+    model = through(entry_point, saved(family))
 
     said = next(line for line in log if "of block parameters quantized" in line)
     assert said.startswith("100.00 % of block parameters quantized")
@@ -195,6 +198,25 @@ def test_what_optimum_saves_says_what_was_asked(settings, section, saved, tmp_pa
     assert again.to_dict() == quantizer.to_dict()
 
 
+def test_quantizing_writes_nothing_into_its_configuration(saved):
+    directory, ignore = saved("qwen3_moe"), ["re:.*self_attn.*"]
+    settings = {"config_groups": int4(16), "dataset": dataset(), "ignore": ignore}
+    config = MoEQuantConfig(**settings)
+    quantizer = MoEGPTQQuantizer(bits=4, group_size=16, dataset=dataset(), ignore=ignore)
+    before = deepcopy((config.to_dict(), quantizer.to_dict(), quantizer.ignore))
+    kept = {**vars(config)}, {**vars(quantizer)}
+
+    load(directory, quantization_config=config)
+    first, second = (quantizer.quantize_model(load(directory)).state_dict() for _ in range(2))
+
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert (config.to_dict(), quantizer.to_dict(), quantizer.ignore) == before
+    for now, then in zip((vars(config), vars(quantizer)), kept, strict=True):
+        assert now.keys() == then.keys()
+        assert [name for name in then if now[name] is not then[name]] == []
+    assert ignore == ["re:.*self_attn.*"]
+
+
 def test_a_configuration_of_optimum_itself_is_understood():
     """The arguments and defaults of optimum 2.3's own class."""
     theirs = {
@@ -231,7 +253,7 @@ def test_act_group_aware_decides_the_order_of_columns(saved, tmp_path):
     ],
     ids=lambda value: "",
 )
-def test_a_wrong_wish_is_refused_before_anything_is_loaded(settings, message):
+def test_a_wrong_request_is_refused_before_anything_is_loaded(settings, message):
     with pytest.raises(ValueError, match=message):
         MoEQuantConfig(**settings)
 
