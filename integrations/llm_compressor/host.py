@@ -9,7 +9,7 @@ is undone when the pass, the forward or the ``oneshot`` it belongs to ends, by a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import torch
 from compressed_tensors.offload.cache import DistributedCPUCache
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
-from llmcompressor.args import DatasetArguments
+from llmcompressor.args.dataset_arguments import DatasetArguments
 from llmcompressor.core import State, active_session
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe import context as moe_context
@@ -33,7 +33,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ALL_EXPERTS = "_CALIBRATE_ALL_EXPERTS"  # a global of the host's, read by experts as they run
 
@@ -58,11 +58,16 @@ def register() -> None:
     The host hands a modifier neither the output directory nor the processor, a data set not the
     model, and nobody its batches. Upstream would have to pass them in ``state``.
     """
-    if not hasattr(Oneshot.__call__, "_moeq_original"):
-        Oneshot.__call__ = _noting(Oneshot.__call__)
+    if not _is_ours(Oneshot.__call__):
+        setattr(Oneshot, "__call__", _noting(Oneshot.__call__))  # noqa: B010 - not a plain method
     from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
-    if not hasattr(from_dataloader, "_moeq_original"):
-        IntermediatesCache.from_dataloader = classmethod(_listening(from_dataloader))
+    if not _is_ours(from_dataloader):
+        setattr(IntermediatesCache, "from_dataloader", classmethod(_listening(from_dataloader)))  # noqa: B010 - likewise
+
+
+def _is_ours(method: Callable[..., object]) -> bool:
+    """Tell whether a method of the host's has been wrapped here."""
+    return method.__code__.co_filename == __file__
 
 
 def running_oneshot() -> Oneshot | None:
@@ -92,7 +97,7 @@ def undo_with_oneshot(undo: ExitStack) -> None:
         running.scope.callback(undo.close)
 
 
-def _noting(call):  # type: ignore[no-untyped-def] # the host's own method, untyped
+def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
     @wraps(call)
     def noting(self: Oneshot) -> None:
         with ExitStack() as scope:
@@ -100,7 +105,6 @@ def _noting(call):  # type: ignore[no-untyped-def] # the host's own method, unty
             scope.callback(_running.reset, token)  # after all that was pushed on top of it
             call(self)
 
-    noting._moeq_original = call  # type: ignore[attr-defined] # the mark that it is installed
     return noting
 
 
@@ -127,15 +131,16 @@ def listen_to_batches(listener: BatchListener, undo: ExitStack) -> None:
     undo.callback(_batch_listeners.discard, listener)
 
 
-def _listening(from_dataloader):  # type: ignore[no-untyped-def] # the host's own method, untyped
+def _listening(from_dataloader: Callable[..., IntermediatesCache]) -> Callable[..., object]:
     @wraps(from_dataloader)
-    def listening(cls: type[IntermediatesCache], *args: object, **kwargs: object):  # type: ignore[no-untyped-def] # likewise
+    def listening(
+        cls: type[IntermediatesCache], *args: object, **kwargs: object
+    ) -> IntermediatesCache:
         cache = from_dataloader(cls, *args, **kwargs)
         for listener in list(_batch_listeners):
             listener.hear_batches(cache)
         return cache
 
-    listening._moeq_original = from_dataloader  # type: ignore[attr-defined] # that it is installed
     return listening
 
 
@@ -170,6 +175,18 @@ def run_routed_tokens_only(model: nn.Module, undo: ExitStack) -> None:
 
 
 # --- passes, data and neighbours -----------------------------------------------------------------
+
+
+def calibration_batches(state: State) -> DataLoader[Dataset]:
+    """Return the calibration data of the run.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if state.data is None or state.data.calib is None:
+        raise ValueError("there are no calibration data: pass dataset=... to oneshot")
+    batches: DataLoader[Dataset] = state.data.calib
+    return batches
 
 
 def declare_data(modifier: Modifier, has_data: bool, undo: ExitStack) -> None:
@@ -234,10 +251,18 @@ def solve_with_host(
     modifier._module_names[linear] = name
     modifier._hessians[linear] = hessian
     modifier._num_samples[linear] = torch.ones((), device=hessian.device)
-    modifier.compress_module_list([linear])
+    modifier.compress_module_list([linear])  # type: ignore[no-untyped-call] # the host's
 
 
-# --- saving on several ranks ---------------------------------------------------------------------
+# --- saving --------------------------------------------------------------------------------------
+
+
+def replace_saving(model: PreTrainedModel, save: Callable[..., None]) -> None:
+    """Let ``save`` be the model's ``save_pretrained``, as the host has replaced it before.
+
+    Upstream would have to tell modifiers when a checkpoint has been written, and where.
+    """
+    setattr(model, "save_pretrained", save)  # noqa: B010 - of this model, not of its class
 
 
 @contextlib.contextmanager
@@ -252,7 +277,8 @@ def parameters_stay_parameters() -> Iterator[None]:
     def offload(cache: DistributedCPUCache, tensor: torch.Tensor | None) -> torch.Tensor | None:
         if isinstance(tensor, nn.Parameter) and not tensor.is_contiguous():
             tensor = nn.Parameter(tensor.contiguous(), requires_grad=tensor.requires_grad)
-        return share(cache, tensor)
+        shared: torch.Tensor | None = share(cache, tensor)
+        return shared
 
     with patch_attr(DistributedCPUCache, "offload", offload):
         yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
 )
@@ -12,19 +14,34 @@ from torch import nn
 from moeq_plugin.core.grid import Grid
 
 
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return the weight of a module that has one, such as a linear, a norm or an embedding.
+
+    Raises:
+        TypeError: for any other module.
+    """
+    if not isinstance(module.weight, torch.Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight")
+    return module.weight
+
+
+def scheme_of(module: nn.Module) -> QuantizationScheme | None:
+    """Return the scheme attached to a module, ``None`` if there is none."""
+    scheme = getattr(module, "quantization_scheme", None)
+    return scheme if isinstance(scheme, QuantizationScheme) else None
+
+
 def weight_args(module: nn.Module) -> QuantizationArgs | None:
     """Return the weight scheme attached to a module, ``None`` if there is none."""
-    scheme = getattr(module, "quantization_scheme", None)
+    scheme = scheme_of(module)
     return scheme.weights if scheme is not None else None
 
 
 def observes_activations(module: nn.Module) -> bool:
     """Tell whether a scheme needs statistics of all tokens, as static activation scales do."""
-    scheme = module.quantization_scheme
-    return any(
-        args is not None and args.dynamic is not True
-        for args in (scheme.input_activations, scheme.output_activations)
-    )
+    scheme = scheme_of(module)
+    activations = (scheme.input_activations, scheme.output_activations) if scheme else ()
+    return any(args is not None and args.dynamic is not True for args in activations)
 
 
 def grid_of(args: QuantizationArgs) -> Grid | None:

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
 )
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.observers import Observer
 from torch import nn
 
 from moeq_plugin.core.gptq import Solution, solve
@@ -170,7 +171,7 @@ def solve_stack(stack: list[Job], *, block_size: int, dampening_frac: float) -> 
     """
     grid = grid_of(stack[0].args)
     assert grid is not None  # the caller sorted out other schemes
-    qparams = [[linear.weight_observer.get_qparams() for linear in job.linears] for job in stack]
+    qparams = [[_observed_grid(linear) for linear in job.linears] for job in stack]
     scale = torch.stack([torch.cat([q["scale"] for q in row]) for row in qparams])
     zero_point = torch.stack([torch.cat([q["zero_point"] for q in row]) for row in qparams])
     weight = torch.stack([torch.cat([linear.weight for linear in job.linears]) for job in stack])
@@ -185,6 +186,14 @@ def solve_stack(stack: list[Job], *, block_size: int, dampening_frac: float) -> 
         actorder=stack[0].args.actorder is not None,
     )
     return [Rounded(solution, i, scale[i], zero_point[i]) for i in range(len(stack))]
+
+
+def _observed_grid(linear: nn.Linear) -> dict[str, torch.Tensor]:
+    """Return ``scale`` and ``zero_point`` that the weight observer has chosen."""
+    observer = linear.weight_observer
+    assert isinstance(observer, Observer)  # attached when calibration starts
+    grid: dict[str, torch.Tensor] = observer.get_qparams()  # type: ignore[call-arg] # its decorator
+    return grid
 
 
 def write(job: Job, rounded: Rounded) -> dict[nn.Linear, float | None]:

@@ -238,11 +238,11 @@ class Calibration:
                 return inputs, weights
             keep = keep.to(tokens.device)[tokens]
             return inputs[keep], weights[keep]
-        weights = None
+        shared_weights: torch.Tensor | None = None
         if seat is not None and seat.layer.shared_expert is not None:
-            weights = self._shared_weights[seat.layer.shared_expert]
+            shared_weights = self._shared_weights[seat.layer.shared_expert]
         keep = self._padding.keep(len(inputs))
         if keep is None:
-            return inputs, weights
+            return inputs, shared_weights
         keep = keep.to(inputs.device)
-        return inputs[keep], None if weights is None else weights[keep]
+        return inputs[keep], None if shared_weights is None else shared_weights[keep]

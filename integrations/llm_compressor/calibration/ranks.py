@@ -69,7 +69,7 @@ def sum_over_ranks(calibration: Calibration, names: Mapping[nn.Module, str]) -> 
         calibration: what this rank has observed; modified in place.
         names: of the linears.
     """
-    modules = {name: module for module, name in names.items()}
+    modules = {n: module for module, n in names.items() if isinstance(module, nn.Linear)}
     ours = {
         names[linear]: _Seen(
             tuple(names[x] for x in observation.linears), len(observation.moments.hessian)

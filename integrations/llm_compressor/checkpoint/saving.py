@@ -27,7 +27,7 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     serving_limits,
     storage_limits,
 )
-from moeq_plugin.integrations.llm_compressor.host import parameters_stay_parameters
+from moeq_plugin.integrations.llm_compressor.host import parameters_stay_parameters, replace_saving
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.progress import Progress, tell
 from moeq_plugin.records.run import RunRecord, save_records
@@ -98,7 +98,7 @@ def _write_on_save(
             save_model_card(records, directory, published=wanted)
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
-    model.save_pretrained = save
+    replace_saving(model, save)
 
 
 def _mend_config(model: PreTrainedModel, directory: Path) -> None:

@@ -75,7 +75,7 @@ class RoutedModifier(RoutedRecipe):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Register hooks; without data, let the model write some and run a pass over it."""
         if self._start.has_data:
-            ranks.check_data_differ(state.data.calib)
+            ranks.check_data_differ(host.calibration_batches(state))
             self._begin_pass(state)
             return
         text = write_own_text(state.model, self.ebss, self._text_path())
@@ -126,7 +126,7 @@ class RoutedModifier(RoutedRecipe):
             versions=versions(),
             kept=dict(request.kept),
             model=getattr(state.model, "name_or_path", ""),
-            calibration=f"{len(state.data.calib)} batches of the data given to oneshot"
+            calibration=f"{len(host.calibration_batches(state))} batches of the data given to oneshot"
             if self._start.has_data
             else "text that the model wrote itself",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from typing import cast
 
 import torch
 from compressed_tensors.distributed import is_distributed, is_source_process
@@ -28,6 +29,7 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
     grid_of,
     observes_activations,
     weight_args,
+    weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, guard, solve_stack, stacks, write
 from moeq_plugin.models.moe import find_moe_layers
@@ -69,8 +71,10 @@ class Run:
         self._host._solve = self._solve_layer
         self._host.on_initialize(state)
         self._names = request.targeted(state.model)
+        attached = {module: weight_args(module) for module in self._names}
+        self._args = {module: args for module, args in attached.items() if args is not None}
         # what is still to be quantized; shrinks as records are written
-        self._pending = {m: name for m, name in self._names.items() if weight_args(m)}
+        self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
         self._padding = PaddingWatch(state)
         self._calibration = Calibration(
@@ -120,11 +124,11 @@ class Run:
         with disable_offloading():
             for module in list(self._pending):
                 observe(module, base_name="weight")
-                columns = module.weight.shape[1]
-                nothing = torch.zeros(columns, columns, device=module.weight.device)
-                self._solve_stack(
-                    [Job([module], weight_args(module), nothing, 1.0, Basis.NONE, 0.0)]
-                )
+                weight, args = weight_of(module), self._args[module]
+                columns = weight.shape[1]
+                nothing = torch.zeros(columns, columns, device=weight.device)
+                linear = cast(nn.Linear, module)  # or an embedding, whose weight is laid out alike
+                self._solve_stack([Job([linear], args, nothing, 1.0, Basis.NONE, 0.0)])
         self._undo.close()
         self._host.end_calibration(state.model)
 
@@ -177,9 +181,9 @@ class Run:
             effective_tokens = observation.moments.effective_tokens
             by_scheme: dict[str, list[nn.Linear]] = {}
             for linear in observation.linears:
-                by_scheme.setdefault(weight_args(linear).model_dump_json(), []).append(linear)
+                by_scheme.setdefault(self._args[linear].model_dump_json(), []).append(linear)
             for linears in by_scheme.values():
-                args = weight_args(linears[0])
+                args = self._args[linears[0]]
                 yield Job(linears, args, hessian, weight_sum, basis, effective_tokens)
 
     def _solve_stack(self, stack: list[Job]) -> None:

@@ -18,6 +18,7 @@ from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
+from moeq_plugin.integrations.llm_compressor.schemes import weight_of
 from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
@@ -25,7 +26,7 @@ from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 def take_encoded(module: nn.Module, encoded: CodebookWeight) -> str:
     """Let a module run on its encoded weight from now on; return the format in words."""
-    update_offload_parameter(module, "weight", encoded.decode().view_as(module.weight))
+    update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
     form = encoded.form
     return (
         f"codebook {form.index_bits} bit per {form.vector_dim}, "

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from moeq_plugin.core.channel_power import ChannelPower
 from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight, encode
 from moeq_plugin.integrations.llm_compressor import host
+from moeq_plugin.integrations.llm_compressor.calibration.observations import RegisterHook
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.rwkv.codebook_run import take_encoded
@@ -61,10 +62,10 @@ class ElementwiseRun:
         """Register the hooks that accumulate powers."""
         host.listen_to_batches(self._padding, self._undo)
         self._undo.callback(self._hooks.remove_hooks)
+        register_hook: RegisterHook = self._hooks.register_hook
         for module in self._powers:
-            self._hooks.register_hook(module, self._observe, "forward")
-        read = self._padding.read
-        self._hooks.register_hook(state.model, read, "forward_pre", with_kwargs=True)
+            register_hook(module, self._observe, "forward")
+        register_hook(state.model, self._padding.read, "forward_pre", with_kwargs=True)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
         """Encode every weight whose inputs were seen since the last layer."""

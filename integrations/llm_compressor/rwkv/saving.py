@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moeq_plugin.core.codebook import CodebookWeight
+from moeq_plugin.integrations.llm_compressor.host import replace_saving
 from moeq_plugin.models.packed import (
     FORMAT_VERSION,
     PackedFormat,
@@ -59,7 +60,7 @@ def _describe_on_save(model: PreTrainedModel) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     save._moeq_describes_codebooks = True  # type: ignore[attr-defined]
-    model.save_pretrained = save
+    replace_saving(model, save)
 
 
 def describe_codebooks(
