@@ -14,11 +14,15 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+from compressed_tensors.compressors.naive_quantized import base as naive_quantized
+from compressed_tensors.compressors.pack_quantized import base as pack_quantized
 from compressed_tensors.offload.cache import DistributedCPUCache
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor.args.dataset_arguments import DatasetArguments
@@ -263,6 +267,29 @@ def replace_saving(model: PreTrainedModel, save: Callable[..., None]) -> None:
     Upstream would have to tell modifiers when a checkpoint has been written, and where.
     """
     setattr(model, "save_pretrained", save)  # noqa: B010 - of this model, not of its class
+
+
+@contextlib.contextmanager
+def exact_codes() -> Iterator[None]:
+    """Let saving find the integer codes that were solved for, whatever the dtype of the weights.
+
+    The host keeps dequantized weights and divides them by their scales again when it saves. A
+    bfloat16 quotient knows only every second integer's half from 64 on, so that one 8-bit code in
+    thirty came out one step off; in float32 all are found. Upstream would have to divide so.
+    """
+
+    def exact(
+        x: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs, **others: Any
+    ) -> torch.Tensor:
+        if args.type == QuantizationType.INT:
+            x, scale = x.float(), scale.float()
+        return quantize(x=x, scale=scale, args=args, **others)
+
+    with (
+        patch_attr(pack_quantized, "quantize", exact),
+        patch_attr(naive_quantized, "quantize", exact),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def recipe(case: str) -> list:
     from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 
     kept = ["lm_head", "re:.*gate$"]
-    options = ["W2A16", "W3A16", "W4A16", "W8A16"]
+    options = ["W2A16", "W3A16", "W4A16"]
     own_text = {"num_sequences": 8, "seq_len": 64, "seed": 3}
     made = {
         "w4": lambda: [MoEQuantModifier(scheme="W4A16")],

@@ -6,8 +6,6 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import nn
@@ -80,7 +78,8 @@ def storage_limits(linears: Iterable[nn.Module]) -> list[str]:
     """Return why saving may not keep the codes that were chosen.
 
     The host keeps dequantized weights and derives codes from them when it saves. A bfloat16
-    weight is off by up to 2^-8 of itself, half a step or more from 128 steps on.
+    weight is off by up to 2^-8 of itself, half a step or more from 128 steps on, which only
+    asymmetric 8-bit codes reach.
 
     Args:
         linears: the linears, schemes attached.

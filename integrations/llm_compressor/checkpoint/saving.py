@@ -27,7 +27,11 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     serving_limits,
     storage_limits,
 )
-from moeq_plugin.integrations.llm_compressor.host import parameters_stay_parameters, replace_saving
+from moeq_plugin.integrations.llm_compressor.host import (
+    exact_codes,
+    parameters_stay_parameters,
+    replace_saving,
+)
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.progress import Progress, tell
 from moeq_plugin.records.run import RunRecord, save_records
@@ -83,6 +87,7 @@ def _write_on_save(
         with (
             nullcontext(wanted) if is_distributed() else staged(wanted) as directory,
             parameters_stay_parameters(),
+            exact_codes(),
         ):
             num_linears = sum(len(record.linears) for record, _ in noted)
             tell(Progress("save", 0, num_linears, "linears"))

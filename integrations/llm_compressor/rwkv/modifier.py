@@ -30,11 +30,12 @@ from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
 )
 
 W3_GROUP_64 = {"num_bits": 3, "symmetric": False, "group_size": 64}  # the paper's scalar grid
+_BUDGET = (
+    "bits_per_weight", "size_gb", "allocation", "options", "target", "robust", "sensitivity",
+)  # fmt: skip
 _NOT_OURS = {
     "work_dir": "keeps no state to continue from",
-    "bits_per_weight": "has no budget",
-    "size_gb": "has no budget",
-    "allocation": "has no budget",
+    **dict.fromkeys(_BUDGET, "has no budget of bits"),
 }
 
 
