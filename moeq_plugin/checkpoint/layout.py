@@ -12,8 +12,9 @@ from moeq_plugin.checkpoint.formats import stored_scheme
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.infer_architecture import infer_architecture
 from moeq_plugin.checkpoint.lookup import Lookup
-from moeq_plugin.checkpoint.names import canonical, split_tensor
+from moeq_plugin.checkpoint.names import split_tensor
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+from moeq_plugin.core.names import canonical
 
 # the tensors that transformers fuses the experts of a layer into
 FUSED_EXPERTS = ("gate_up_proj", "down_proj")

@@ -18,8 +18,9 @@ from moeq_plugin.checkpoint.files import Checkpoint, open_checkpoint
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
-from moeq_plugin.checkpoint.names import canonical, layer_of, split_tensor
+from moeq_plugin.checkpoint.names import split_tensor
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+from moeq_plugin.core.names import canonical, layer_of
 
 
 @dataclass(frozen=True)

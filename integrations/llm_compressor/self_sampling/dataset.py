@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence, expert_imbalance
 from moeq_plugin.files.sampled_set import EBSSFile
 from moeq_plugin.models.self_sampling import SelfSampler
-from moeq_plugin.records.progress import Progress, tell
+from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.sampling import SamplingReport, report_on_samples
 
 _LIBRARIES = ("moeq-plugin", "torch", "transformers", "datasets")
@@ -94,7 +94,7 @@ def sample_set(
         nonlocal num_tokens
         num_tokens = min(num_tokens + tokens, bar.total)  # coverage may go on for longer
         bar.update(tokens)
-        tell(Progress("sample", num_tokens, bar.total, "tokens"))
+        report_progress(Progress("sample", num_tokens, bar.total, "tokens"))
 
     writer = _Writer(file)
     sampler = SelfSampler(

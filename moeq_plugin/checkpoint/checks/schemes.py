@@ -9,8 +9,9 @@ from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import is_same
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.lookup import ConflictError
-from moeq_plugin.checkpoint.names import FUSED, fused_name, in_file, pool_of
+from moeq_plugin.checkpoint.names import fused_name, in_file
 from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.core.names import FUSED, pool_of
 
 
 def check_lookups(layout: Layout, target: str) -> Iterator[Finding]:
