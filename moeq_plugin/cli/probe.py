@@ -105,7 +105,8 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from moeq_plugin import MoEQuantModifier
-    from moeq_plugin.cli.shared import load_model, read_dataset
+    from moeq_plugin.cli.shared import load_model
+    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.records.environment import peak_resident_memory
 
     marks = [("start", _clocks())]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moeq_plugin.cli.display import display
-from moeq_plugin.cli.shared import app, errors, read_dataset, run_oneshot
+from moeq_plugin.cli.shared import app, errors, run_oneshot
 
 _WISHES = "--scheme, --bits-per-weight, --size-gb, --allocation and --recipe"
 
@@ -65,6 +65,7 @@ def quantize(
         phases.append("measure")
     with errors("quantize"), display(phases=[*phases, "quantize", "save"], jsonl=jsonl):
         from moeq_plugin.files.atomic import staged
+        from moeq_plugin.files.datasets import read_dataset
         from moeq_plugin.integrations.llm_compressor.preflight import check_output_dir
 
         check_output_dir(out)
