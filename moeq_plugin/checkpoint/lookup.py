@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
-from moeq_plugin.checkpoint.names import fused_name, fused_parts, in_file, in_vllm
-from moeq_plugin.checkpoint.schemes import Scheme, Schemes
+from moeq_plugin.checkpoint.reader_names import fused_name, fused_parts, in_file, in_vllm
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
 
 # these classes of vLLM take part in quantization; the others never do
 _ROUTER_TAKES_PART = ("qwen3_moe",)
@@ -96,7 +96,7 @@ class Lookup:
         if any(scheme != found[-1] for scheme in found):
             raise ConflictError(
                 f"{in_vllm(block, self._family)}.experts.0: gate, up and down have "
-                f"{', '.join(s.describe() if s else '16 bit' for s in found)}"
+                f"{', '.join(map(describe, found))}"
             )
         return found[-1]
 

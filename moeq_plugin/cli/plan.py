@@ -155,7 +155,7 @@ def _measure(
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
-    modifier = SensitivityModifier(**({"options": options} if options else {}))
+    modifier = SensitivityModifier(options=options) if options else SensitivityModifier()
     run_oneshot(
         model,
         modifier,

@@ -111,7 +111,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
 
     marks = [("start", _clocks())]
 
-    class Watched(MoEQuantModifier):  # type: ignore[misc]
+    class Watched(MoEQuantModifier):
         def on_calibration_start(self, *args: Any, **kwargs: Any) -> None:
             super().on_calibration_start(*args, **kwargs)
             marks.append(("prepared", _clocks()))

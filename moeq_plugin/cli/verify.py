@@ -54,12 +54,13 @@ def verify(
 def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
     """Return a continuation, and a finding if the model does not predict numbers."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationMixin
 
     from moeq_plugin.checkpoint.checks.findings import error
     from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
     model = load_dequantized(checkpoint)
+    assert isinstance(model, GenerationMixin)  # every class that AutoModelForCausalLM builds
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
