@@ -80,7 +80,7 @@ class SensitivityConfig:
     router_weight: float = 0.0
     domain_names: tuple[str, ...] | None = None
     undercovered_tokens: float = 16.0
-    interactions: bool = True
+    interactions: bool = False
 
     def __post_init__(self) -> None:
         if self.gradient_tokens < 1:
