@@ -119,10 +119,8 @@ class RoutingComparison:
     """
 
     def __init__(self, layers: Sequence[MoELayer], reference_layers: Sequence[MoELayer]) -> None:
-        self.model_recorder, self.reference_recorder = (
-            RouterRecorder(layers),
-            RouterRecorder(reference_layers),
-        )
+        self.model_recorder = RouterRecorder(layers)
+        self.reference_recorder = RouterRecorder(reference_layers)
         self._layers = layers
         self._jaccard: list[list[torch.Tensor]] = [[] for _ in layers]
         self._router_kl: list[list[torch.Tensor]] = [[] for _ in layers]
