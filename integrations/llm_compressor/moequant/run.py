@@ -117,7 +117,9 @@ class Run:
             return
         if self._kept_state is not None and is_source_process():
             self._kept_state.keep(finished, {name: m for m, name in self._names.items()})
-        report_progress(quantize_progress(self.record.linears, len(finished), self._pending.values()))
+        report_progress(
+            quantize_progress(self.record.linears, len(finished), self._pending.values())
+        )
 
     def end(self, state: State) -> None:
         """Round to nearest what no batch has called, then remove hooks and observers."""
