@@ -87,11 +87,9 @@ class Bench:
         self.corpus, self.seed = corpus, seed
         self.data = corpus.calibration_set(sequences, LENGTH, seed)
         self.model = load(corpus)
-        self.table = measure(corpus, self.data, SensitivityConfig())
-        self.without_gradient = measure(
-            corpus, self.data, SensitivityConfig(gradient=False, interactions=False)
-        )
-        protected = SensitivityConfig(router_weight=0.1, interactions=False)
+        self.table = measure(corpus, self.data, SensitivityConfig(interactions=True))
+        self.without_gradient = measure(corpus, self.data, SensitivityConfig(gradient=False))
+        protected = SensitivityConfig(router_weight=0.1)
         self.protected = measure(corpus, self.data, protected)
         self.rounded = {option: round_to(corpus, self.data, option) for option in OPTIONS}
         batches = corpus.heldout_batches(heldout, LENGTH)

@@ -34,7 +34,7 @@ from moeq_plugin.core.sampling import EBSSConfig, expert_imbalance
 from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.models.routing import RoutingTap, weight_sums
+from moeq_plugin.models.routing import RoutingRecorder, weight_sums
 from moeq_plugin.records.sampling import distinct_ngrams
 
 RESULT = Path(__file__).parent / "results" / "ebss.json"
@@ -127,11 +127,11 @@ def measure_quality(
 def describe(model: PreTrainedModel, rows: list[list[int]]) -> dict[str, float]:
     """Return imbalance, coverage, likelihood and repetition of token ids."""
     layers, losses, loads = find_moe_layers(model), [], []
-    with RoutingTap(layers) as tap:
+    with RoutingRecorder(layers) as recorder:
         for ids in torch.tensor(rows).split(8):
             log_probs = model(ids).logits[:, :-1].log_softmax(-1)
             losses.append(-log_probs.gather(2, ids[:, 1:, None]).mean((1, 2)))
-            loads.append(tap.take_load(len(ids)))
+            loads.append(recorder.take_load(len(ids)))
     load_of_rows = torch.cat(loads)
     sums = weight_sums(model, layers, rows)
     return {

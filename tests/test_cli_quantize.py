@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from moeq_plugin.cli import app
 from moeq_plugin.cli.display import Timed
-from moeq_plugin.cli.quantize import _of_recipe
+from moeq_plugin.cli.modifiers import of_recipe
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.records.progress import Progress, listening
 
@@ -199,7 +199,7 @@ def test_no_recipe_gives_a_traceback(content, tmp_path):
     path = Path(tmp_path) / "recipe.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     try:
-        modifiers = _of_recipe(path, tmp_path / "work")
+        modifiers = of_recipe(path, tmp_path / "work")
     except (ValueError, OSError) as error:
         assert str(error)  # what `errors` turns into a message and exit code 2
     except typer.Exit:

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import (
 from torch import nn
 
 from moeq_plugin.core.grid import Grid
+from moeq_plugin.core.scheme_words import scheme_in_words
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -53,8 +54,11 @@ def grid_of(args: QuantizationArgs) -> Grid | None:
 
 
 def describe(args: QuantizationArgs) -> str:
-    """Return a weight scheme in words, such as ``W4 int symmetric group 128``."""
-    symmetry = "symmetric" if args.symmetric else "asymmetric"
-    strategy = QuantizationStrategy(args.strategy).value
-    group = f"group {args.group_size}" if args.group_size else strategy
-    return f"W{args.num_bits} {QuantizationType(args.type).value} {symmetry} {group}"
+    """Return a weight scheme in words, such as ``W4 symmetric group 128``."""
+    return scheme_in_words(
+        args.num_bits,
+        args.group_size,
+        symmetric=args.symmetric,
+        is_float=args.type == QuantizationType.FLOAT,
+        strategy=QuantizationStrategy(args.strategy).value,
+    )

@@ -36,7 +36,7 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         """Load, quantize and save."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from moeq_plugin.cli.shared import read_dataset
+        from moeq_plugin.files.datasets import read_dataset
         from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
         quantizer = MoEGPTQQuantizer(

@@ -32,7 +32,7 @@ class Linear:
     """A matrix of the model.
 
     Attributes:
-        name: canonical, see :mod:`moeq_plugin.checkpoint.names`.
+        name: canonical, see :mod:`moeq_plugin.core.names`.
         shape: ``(out, in)``.
         role: what it does.
         layer: number of its decoder layer, ``None`` outside of them.

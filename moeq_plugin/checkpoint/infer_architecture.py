@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.config import EXPERT_KEYS, Config
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
-from moeq_plugin.checkpoint.names import expert_of, layer_of, pool_of
+from moeq_plugin.core.names import expert_of, layer_of, pool_of
 
 _Modules = Mapping[str, Mapping[str, StoredTensor]]
 _ROLES = (

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
-from moeq_plugin.checkpoint.files import Checkpoint
 from moeq_plugin.checkpoint.formats import stored_scheme
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.infer_architecture import infer_architecture
 from moeq_plugin.checkpoint.lookup import Lookup
-from moeq_plugin.checkpoint.names import canonical, split_tensor
-from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+from moeq_plugin.checkpoint.open_checkpoint import Checkpoint
+from moeq_plugin.checkpoint.read_schemes import read_schemes
+from moeq_plugin.checkpoint.reader_names import split_tensor
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes
+from moeq_plugin.core.names import canonical
 
 # the tensors that transformers fuses the experts of a layer into
 FUSED_EXPERTS = ("gate_up_proj", "down_proj")

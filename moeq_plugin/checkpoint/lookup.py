@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
-from moeq_plugin.checkpoint.names import FUSED, fused_name, in_file, in_vllm
-from moeq_plugin.checkpoint.schemes import Scheme, Schemes
+from moeq_plugin.checkpoint.reader_names import fused_name, fused_parts, in_file, in_vllm
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
 
 # these classes of vLLM take part in quantization; the others never do
 _ROUTER_TAKES_PART = ("qwen3_moe",)
@@ -69,7 +69,7 @@ class Lookup:
         targets = list(self._by_target)
         target = first_match(fused or name, targets)
         if target is None and fused:
-            found = [first_match(part, targets) for part in _parts(fused)]
+            found = [first_match(part, targets) for part in fused_parts(fused)]
             target = found[0] if all(found) else None
         if target is None:
             # classes by substring; the output embedding's holds none of the usual targets
@@ -96,14 +96,14 @@ class Lookup:
         if any(scheme != found[-1] for scheme in found):
             raise ConflictError(
                 f"{in_vllm(block, self._family)}.experts.0: gate, up and down have "
-                f"{', '.join(s.describe() if s else '16 bit' for s in found)}"
+                f"{', '.join(map(describe, found))}"
             )
         return found[-1]
 
     def _is_ignored_in_vllm(self, name: str, is_fused: bool) -> bool:
         if self._matches(name):
             return True
-        parts = [self._matches(part) for part in _parts(name)] if is_fused else [False]
+        parts = [self._matches(part) for part in fused_parts(name)] if is_fused else [False]
         if any(parts) and not all(parts):
             raise ConflictError(f"{name}: some of its parts are in `ignore` and some are not")
         return all(parts)
@@ -149,8 +149,3 @@ def _is_match(name: str, target: str) -> bool:
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
-
-
-def _parts(name: str) -> list[str]:
-    parent, _, whole = name.rpartition(".")
-    return [f"{parent}.{part}" for part in FUSED[whole]]

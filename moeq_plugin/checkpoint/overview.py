@@ -10,16 +10,18 @@ from typing import Any
 
 from moeq_plugin.checkpoint.architecture import KEPT, Architecture, Role
 from moeq_plugin.checkpoint.checks.findings import Finding
+from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
-from moeq_plugin.checkpoint.checks.schemes import check_units
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
-from moeq_plugin.checkpoint.files import Checkpoint, open_checkpoint
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
-from moeq_plugin.checkpoint.names import canonical, layer_of, split_tensor
-from moeq_plugin.checkpoint.schemes import Scheme, Schemes, read_schemes
+from moeq_plugin.checkpoint.open_checkpoint import Checkpoint, open_checkpoint
+from moeq_plugin.checkpoint.read_schemes import read_schemes
+from moeq_plugin.checkpoint.reader_names import split_tensor
+from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
+from moeq_plugin.core.names import canonical, layer_of
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,7 @@ def _overview(layout: Layout, experts: str) -> Overview:
     layers: dict[int, Counter[str]] = {}
     for linear in layout.present():
         if linear.layer is not None and linear.role not in KEPT:
-            scheme = layout.stored[linear.name]
-            name = scheme.describe() if scheme else "16 bit"
+            name = describe(layout.stored[linear.name])
             layers.setdefault(linear.layer, Counter())[name] += 1
     return Overview(
         family=architecture.family,
@@ -145,8 +146,8 @@ def _num_parameters(layout: Layout) -> int:
 def _readers(layout: Layout) -> dict[str, list[str]]:
     """Return what each reader cannot do; the same checks as those of a verification."""
     found: dict[str, list[Finding]] = {
-        "vllm": [*check_units(layout, "vllm"), *check_vllm(layout, "vllm")],
+        "vllm": [*check_mixed_schemes(layout, "vllm"), *check_vllm(layout, "vllm")],
         "transformers": list(check_transformers(layout, "transformers")),
-        "gguf": list(check_units(layout, "gguf")),
+        "gguf": list(check_mixed_schemes(layout, "gguf")),
     }
     return {reader: [f"{f.where}: {f.what}" for f in of] for reader, of in found.items()}

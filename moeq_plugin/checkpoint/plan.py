@@ -12,13 +12,14 @@ from moeq_plugin.checkpoint.checks.findings import UNREADABLE, Finding
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
-from moeq_plugin.checkpoint.files import open_checkpoint
 from moeq_plugin.checkpoint.formats import tensors_of
 from moeq_plugin.checkpoint.headers import BITS, header_bytes
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
-from moeq_plugin.checkpoint.names import canonical, in_file, layer_of
+from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
+from moeq_plugin.checkpoint.reader_names import in_file
 from moeq_plugin.checkpoint.schemes import Group, Scheme, Schemes
+from moeq_plugin.core.names import canonical, layer_of
 
 _ONE_FILE = 50_000_000_000  # bytes of tensors that save_pretrained writes into one file
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

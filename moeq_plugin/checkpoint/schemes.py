@@ -1,16 +1,16 @@
 """What a checkpoint's ``quantization_config`` says: schemes, and to which names they apply.
 
-The two dialects, compressed-tensors and GPTQ, become the same :class:`Scheme`; how readers look
-names up is in :mod:`moeq_plugin.checkpoint.lookup`.
+How the two dialects, compressed-tensors and GPTQ, become the same :class:`Scheme` is in
+:mod:`moeq_plugin.checkpoint.read_schemes`, how readers look names up in
+:mod:`moeq_plugin.checkpoint.lookup`.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
-_STRATEGIES = ("group", "tensor_group", "channel", "tensor", "block", "attn_head")
+from moeq_plugin.core.scheme_words import scheme_in_words
+
 GPTQ_FORMS = ("gptq", "gptq_v2")
 
 
@@ -41,11 +41,19 @@ class Scheme:
 
     def describe(self) -> str:
         """Return the scheme in words, such as ``W4 symmetric group 128``."""
-        kind = "float " if self.is_float else ""
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        group = f"group {self.group_size}" if self.group_size else self.strategy
-        activations = " with activations" if self.has_activations else ""
-        return f"W{self.num_bits} {kind}{symmetry} {group}{activations}"
+        words = scheme_in_words(
+            self.num_bits,
+            self.group_size,
+            symmetric=self.symmetric,
+            is_float=self.is_float,
+            strategy=self.strategy,
+        )
+        return f"{words} with activations" if self.has_activations else words
+
+
+def describe(scheme: Scheme | None) -> str:
+    """Return a scheme in words, ``None`` being 16 bit."""
+    return scheme.describe() if scheme else "16 bit"
 
 
 @dataclass(frozen=True)
@@ -73,140 +81,3 @@ class Schemes:
     ignore: tuple[str, ...] = ()
     dynamic: dict[str, Scheme | None] = field(default_factory=dict)
     desc_act: bool = False
-
-
-def read_schemes(config: dict[str, Any]) -> Schemes:
-    """Return the schemes of a checkpoint from the content of its ``config.json``.
-
-    Raises:
-        ValueError: if they are not in a dialect that we read, or contradict themselves.
-    """
-    content = config.get("quantization_config", config.get("compression_config"))
-    if content is None:
-        return Schemes()
-    if not isinstance(content, dict):
-        raise ValueError("config.json: quantization_config must be an object")
-    method = content.get("quant_method")
-    readers = {"compressed-tensors": _read_compressed_tensors, "gptq": _read_gptq}
-    if method not in tuple(readers):
-        raise ValueError(
-            f"config.json: quant_method {ascii(method)} is not one of {', '.join(readers)}, "
-            "the formats that are read here"
-        )
-    return readers[method](content)
-
-
-def _read_compressed_tensors(content: dict[str, Any]) -> Schemes:
-    groups = content.get("config_groups")
-    if not isinstance(groups, dict):
-        raise ValueError("config.json: quantization_config has no config_groups")
-    return Schemes(
-        dialect="compressed-tensors",
-        groups=tuple(_group(name, group, content.get("format")) for name, group in groups.items()),
-        ignore=_patterns("ignore", content.get("ignore") or []),
-    )
-
-
-def _group(name: str, group: Any, form: Any) -> Group:
-    where = f"config.json: config_groups.{name}"
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict):
-        raise ValueError(f"{where} has no `weights`, which every group needs")
-    kind = weights.get("type", "int")
-    if kind not in ("int", "float"):  # no sets below: what a file says may not be hashable
-        raise ValueError(f"{where}: weights.type must be int or float, got {ascii(kind)}")
-    group_size = weights.get("group_size")
-    if group_size is not None and (type(group_size) is not int or group_size < -1):
-        raise ValueError(f"{where}: weights.group_size must be a number, got {ascii(group_size)}")
-    group_size = group_size if group_size and group_size > 0 else None
-    strategy = weights.get("strategy") or ("group" if group_size else "tensor")
-    if strategy not in _STRATEGIES:
-        raise ValueError(f"{where}: weights.strategy {ascii(strategy)} is not known")
-    if (strategy == "group") != (group_size is not None) and strategy != "tensor_group":
-        raise ValueError(f"{where}: strategy {strategy} does not go with group_size {group_size}")
-    actorder = weights.get("actorder")
-    return Group(
-        targets=_patterns(f"config_groups.{name}.targets", group.get("targets")),
-        scheme=Scheme(
-            form=_form(
-                where, group.get("format") or form, kind, bool(group.get("input_activations"))
-            ),
-            num_bits=_bits(where, weights.get("num_bits")),
-            group_size=group_size,
-            symmetric=weights.get("symmetric", True) is not False,
-            is_float=kind == "float",
-            strategy=strategy,
-            actorder=actorder if isinstance(actorder, str) else None,
-            has_activations=bool(group.get("input_activations")),
-        ),
-    )
-
-
-def _form(where: str, form: Any, kind: str, has_activations: bool) -> str:
-    if form is None or form == "mixed-precision":
-        # what compressed-tensors infers where a group does not say it
-        whole = "float-quantized" if kind == "float" else "int-quantized"
-        return whole if has_activations or kind == "float" else "pack-quantized"
-    if not isinstance(form, str):
-        raise ValueError(f"{where}: format must be a name, got {ascii(form)}")
-    return form
-
-
-def _bits(where: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 16:
-        raise ValueError(f"{where}: bits must be a number from 1 to 16, got {ascii(value)}")
-    return value
-
-
-def _patterns(where: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
-        raise ValueError(f"config.json: {where} must be a list of names and patterns")
-    for target in value:
-        if target.startswith("re:"):
-            _check_pattern(where, target.removeprefix("re:"))
-    return tuple(value)
-
-
-def _check_pattern(where: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as cause:
-        raise ValueError(f"config.json: {where}: {ascii(pattern)} is no pattern: {cause}") from None
-
-
-def _read_gptq(content: dict[str, Any]) -> Schemes:
-    where = "config.json: quantization_config"
-    base = _gptq_scheme(where, content, {})
-    dynamic = content.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise ValueError(f"{where}: dynamic must be an object")
-    changed: dict[str, Scheme | None] = {}
-    for pattern, changes in dynamic.items():
-        _check_pattern("dynamic", pattern.removeprefix("-:").removeprefix("+:"))
-        if pattern.startswith("-:"):
-            changed[pattern] = None
-        elif isinstance(changes, dict):
-            changed[pattern] = _gptq_scheme(f"{where}: dynamic", changes, content)
-        else:
-            raise ValueError(f"{where}: dynamic[{ascii(pattern)}] must be an object")
-    return Schemes(
-        dialect="gptq",
-        groups=(Group(("Linear",), base),),
-        ignore=("lm_head",) if not content.get("lm_head") else (),
-        dynamic=changed,
-        desc_act=content.get("desc_act") is True,
-    )
-
-
-def _gptq_scheme(where: str, content: dict[str, Any], default: dict[str, Any]) -> Scheme:
-    group_size = content.get("group_size", default.get("group_size", -1))
-    if type(group_size) is not int or group_size < -1 or group_size == 0:
-        raise ValueError(f"{where}: group_size must be -1 or positive, got {ascii(group_size)}")
-    form = content.get("checkpoint_format", default.get("checkpoint_format"))
-    return Scheme(
-        form="gptq_v2" if form == "gptq_v2" else "gptq",
-        num_bits=_bits(where, content.get("bits", default.get("bits"))),
-        group_size=group_size if group_size > 0 else None,
-        symmetric=content.get("sym", default.get("sym", True)) is not False,
-        strategy="group" if group_size > 0 else "channel",
-    )

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeq_plugin.checkpoint.checks.findings import INCOMPLETE, Finding, Report
+from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
-from moeq_plugin.checkpoint.checks.schemes import check_lookups, check_units
+from moeq_plugin.checkpoint.checks.scheme_lookup import check_lookups
 from moeq_plugin.checkpoint.checks.source import check_source
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
 from moeq_plugin.checkpoint.checks.values import check_values
-from moeq_plugin.checkpoint.files import open_checkpoint
 from moeq_plugin.checkpoint.layout import Layout, lay_out
+from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
+from moeq_plugin.checkpoint.schemes import describe
 
 TARGETS = ("vllm", "transformers", "gguf")
 
@@ -44,8 +46,7 @@ def verify_checkpoint(
     findings = list(_findings(layout, target, tp))
     if source is not None and not any(found.check in INCOMPLETE for found in findings):
         findings += check_source(layout, lay_out(open_checkpoint(source)))
-    stored = [layout.stored[linear.name] for linear in layout.present()]
-    schemes = Counter(scheme.describe() if scheme else "16 bit" for scheme in stored)
+    schemes = Counter(describe(layout.stored[linear.name]) for linear in layout.present())
     return Report(
         checkpoint=str(path),
         family=layout.architecture.family,
@@ -63,7 +64,7 @@ def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
         return  # whatever else is missing or mixed follows from that
     yield from check_structure(layout)
     yield from check_lookups(layout, target)
-    yield from check_units(layout, target)
+    yield from check_mixed_schemes(layout, target)
     yield from check_transformers(layout, target)
     yield from check_vllm(layout, target)
     yield from check_parallel(layout.architecture, layout.stored, tp)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors, read_dataset, run_oneshot
+from moeq_plugin.cli.shared import app, errors, run_oneshot
 
 
 @app.command()
@@ -152,9 +152,10 @@ def _measure(
     num_calibration_samples: int,
     max_seq_length: int,
 ) -> None:
+    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
-    modifier = SensitivityModifier(**({"options": options} if options else {}))
+    modifier = SensitivityModifier(options=options) if options else SensitivityModifier()
     run_oneshot(
         model,
         modifier,

@@ -105,12 +105,13 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from moeq_plugin import MoEQuantModifier
-    from moeq_plugin.cli.shared import load_model, read_dataset
+    from moeq_plugin.cli.shared import load_model
+    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.records.environment import peak_resident_memory
 
     marks = [("start", _clocks())]
 
-    class Watched(MoEQuantModifier):  # type: ignore[misc]
+    class Watched(MoEQuantModifier):
         def on_calibration_start(self, *args: Any, **kwargs: Any) -> None:
             super().on_calibration_start(*args, **kwargs)
             marks.append(("prepared", _clocks()))

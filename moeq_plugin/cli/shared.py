@@ -1,10 +1,9 @@
-"""What all commands share: the application, how a wrong request ends, models and data."""
+"""What all commands share: the application, how a wrong request ends, and models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 try:
@@ -69,23 +68,3 @@ def load_model(model: str, **settings: Any) -> tuple[Any, Any]:
         return loaded, AutoTokenizer.from_pretrained(model)
     except Exception as error:  # configs and weights of strangers fail in every way there is
         raise ValueError(f"cannot load {model}: {type(error).__name__}: {error}") from error
-
-
-def read_dataset(path: Path | None) -> Any:
-    """Return the data set of a JSON lines file, ``None`` for no path.
-
-    Raises:
-        ValueError: if there is no such file, or it holds something else.
-    """
-    if path is None:
-        return None
-    from datasets import load_dataset
-
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected JSON lines with `text` or `input_ids`")
-    try:
-        return load_dataset("json", data_files=str(path), split="train")
-    except Exception as error:  # whatever a file of something else makes a parser do
-        raise ValueError(
-            f"{path} cannot be read as JSON lines with `text` or `input_ids`: {error}"
-        ) from error

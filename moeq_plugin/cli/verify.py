@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +59,8 @@ def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
     from moeq_plugin.checkpoint.checks.findings import error
     from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
-    model = load_dequantized(checkpoint)
+    # transformers declares `generate` for a class that exists for type checkers only
+    model: Any = load_dequantized(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from moeq_plugin.core.knapsack import Solution, choose_options, minimize_worst_ratio
+from moeq_plugin.core.allocation_reasons import reasons_for
+from moeq_plugin.core.knapsack import Solution, choose_options
+from moeq_plugin.core.minimax_knapsack import minimize_worst_ratio
 from moeq_plugin.core.sensitivity import SensitivityTable
 
 SCHEMA_VERSION = 1
@@ -166,7 +168,7 @@ def allocate_bits(
 
     Returns:
         The choice with its certificate. Without ``robust`` the gap is 0 but for rounding unless
-        the search ran out of space; with it, see :func:`~.knapsack.minimize_worst_ratio`.
+        the search ran out of space; with it, see :func:`~.minimax_knapsack.minimize_worst_ratio`.
 
     Raises:
         InfeasibleBudgetError: if even the smallest options exceed the budget.
@@ -214,6 +216,8 @@ def _allocate(
         solution, price = minimize_worst_ratio(ratio, units.num_bytes, limit), None
     chosen = np.arange(len(units.labels)), solution.choice
     losses = [math.fsum(loss[chosen]) for loss in units.loss]
+    mean = units.loss.mean(0)
+    sentences = reasons_for(table.options, mean, units.num_bytes, solution.choice, price)
     return Allocation(
         target=target,
         budget=budget,
@@ -229,7 +233,7 @@ def _allocate(
             row: table.options[solution.choice[unit]]
             for row, unit in zip(table.rows, units.of_row, strict=True)
         },
-        reasons=_reasons(table, units, solution.choice, price),
+        reasons=dict(zip(units.labels, sentences, strict=True)),
     )
 
 
@@ -286,52 +290,6 @@ def _reference(units: _Units, limit: int, optimum: Solution) -> np.ndarray:
         best: np.ndarray = units.loss[:, :, is_uniform].sum(1).min(1)
         return best
     return np.array([loss[np.arange(len(loss)), optimum.choice].sum() for loss in units.loss])
-
-
-def _reasons(
-    table: SensitivityTable, units: _Units, choice: np.ndarray, price: float | None
-) -> dict[str, str]:
-    """Say what the next smaller and the next larger option would change, for every unit."""
-    sentences = {}
-    table_of_unit = zip(units.loss.mean(0).tolist(), units.num_bytes.tolist(), strict=True)
-    for label, chosen, (loss, num_bytes) in zip(
-        units.labels, choice.tolist(), table_of_unit, strict=True
-    ):
-        changes = [
-            _change(
-                table.options[other],
-                num_bytes[other] - num_bytes[chosen],
-                loss[other] - loss[chosen],
-                price,
-            )
-            for other in _neighbours(loss, num_bytes, chosen)
-        ]
-        text = "; ".join(changes) or "no other option is both allowed and a trade"
-        unbound = "; the budget does not bind" if price == 0 else ""
-        sentences[label] = f"{table.options[chosen]}: {text}{unbound}."
-    return sentences
-
-
-def _neighbours(loss: list[float], num_bytes: list[int], chosen: int) -> list[int]:
-    """Return the next smaller option and the next larger one that loses less, where they exist."""
-    options = range(len(loss))
-    smaller = [o for o in options if num_bytes[o] < num_bytes[chosen] and loss[o] < math.inf]
-    larger = [o for o in options if num_bytes[o] > num_bytes[chosen] and loss[o] < loss[chosen]]
-    found = []
-    if smaller:
-        found.append(min(smaller, key=lambda o: (-num_bytes[o], loss[o])))
-    if larger:
-        found.append(min(larger, key=lambda o: (num_bytes[o], loss[o])))
-    return found
-
-
-def _change(option: str, extra_bytes: int, extra_loss: float, price: float | None) -> str:
-    verb, bytes_ = ("take", extra_bytes) if extra_bytes > 0 else ("save", -extra_bytes)
-    effect = "cost" if extra_loss >= 0 else "save"
-    text = f"{option} would {verb} {bytes_ / 1e6:.3g} MB and {effect} {abs(extra_loss):.3g} nats"
-    if price:
-        text += f", {abs(extra_loss) / (price * bytes_):.3g} times what those bytes save elsewhere"
-    return text
 
 
 def _largest_that_reads_as(number: float) -> Fraction:

@@ -14,15 +14,9 @@ largest ``|correlation|`` of any option of ``e`` with any of ``f``, 1 on the dia
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-
-_NO_CHANGE = 1e-12  # of the start's loss: smaller improvements may be rounding
-
-_Step = tuple[float, list[tuple[int, int, int]]]  # change of the loss; (layer, expert, option)
 
 
 @dataclass(frozen=True)
@@ -38,21 +32,6 @@ class Certificate:
     eigenvalue: float
     factor: float
     correlation: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """The result of :func:`improve_by_swaps`.
-
-    Attributes:
-        choices: for each layer ``[experts]`` int64 index of the option.
-        loss: quadratic loss of ``choices``, all layers together.
-        relative: the share of the quadratic loss of the start that is gone, 0 or more.
-    """
-
-    choices: list[np.ndarray]
-    loss: float
-    relative: float
 
 
 def accumulate_cross_terms(
@@ -119,125 +98,3 @@ def certificate(Q: torch.Tensor) -> Certificate:
     eigenvalue = float(torch.linalg.eigvalsh(correlation)[-1])
     factor = eigenvalue / (2 - eigenvalue) if eigenvalue < 2 else math.inf
     return Certificate(eigenvalue, factor, correlation)
-
-
-def quadratic_loss(Q: torch.Tensor, choice: np.ndarray) -> float:
-    """Return ``sum_ef Q[e, choice[e], f, choice[f]]``."""
-    of = torch.arange(len(Q)), torch.from_numpy(choice)
-    return float(Q[of][:, *of].sum())
-
-
-def improve_by_swaps(
-    choices: Sequence[np.ndarray],
-    Qs: Sequence[torch.Tensor],
-    num_bytes: Sequence[np.ndarray],
-    limit: int,
-    *,
-    max_steps: int = 1000,
-) -> Improvement:
-    """Change one expert's option or two at once, always the best such step, while it helps.
-
-    The two may be of one layer or of two, so that bytes move to where the quadratic loss, not
-    only its diagonal, needs them. A local optimum: never worse than the start, not certified.
-
-    Args:
-        choices: for each layer ``[experts]`` int64, the start, such as the additive optimum.
-        Qs: for each layer ``[experts, options, experts, options]``, symmetric; ``inf`` on the
-            diagonal forbids an option.
-        num_bytes: for each layer ``[experts, options]`` int64.
-        limit: bytes that all layers' experts may take together.
-        max_steps: steps at most.
-
-    Returns:
-        The choices, their loss and the relative improvement.
-
-    Raises:
-        ValueError: if the start exceeds the limit.
-
-    Cost: ``O((experts * options)^2)`` per layer and step in memory and, for layers that the last
-    step changed, time; other layers cost a comparison per pair.
-    """
-    layers = [
-        _Layer(choice.copy(), Q.double().cpu().numpy(), size)
-        for choice, Q, size in zip(choices, Qs, num_bytes, strict=True)
-    ]
-    free = limit - sum(layer.used for layer in layers)
-    if free < 0:
-        raise ValueError(f"the start exceeds the limit of {limit} bytes by {-free}")
-    start = sum(layer.loss for layer in layers)
-    for _ in range(max_steps):
-        change, step = min(
-            [layer.best(free, i) for i, layer in enumerate(layers)] + [_best_across(layers, free)],
-            key=lambda found: found[0],
-        )
-        if change >= -_NO_CHANGE * start:
-            break
-        for i, expert, option in step:
-            free -= layers[i].extra[expert, option]
-            layers[i].choice[expert] = option
-        for i in {i for i, _, _ in step}:
-            layers[i].update()
-    loss = sum(layer.loss for layer in layers)
-    relative = (start - loss) / start if start > 0 else 0.0
-    return Improvement([layer.choice for layer in layers], loss, relative)
-
-
-class _Layer:
-    """A layer's choice and what every change of one or two experts would do to its loss."""
-
-    def __init__(self, choice: np.ndarray, Q: np.ndarray, num_bytes: np.ndarray) -> None:
-        self.choice, self.Q, self.num_bytes = choice, Q, num_bytes
-        self.update()
-
-    def update(self) -> None:
-        """Follow a change of ``choice``."""
-        experts = np.arange(len(self.choice))
-        of = (experts, self.choice)
-        self.used = int(self.num_bytes[of].sum())
-        self.extra = self.num_bytes - self.num_bytes[of][:, None]  # [experts, options]
-        with_chosen = self.Q[:, :, *of]  # [experts, options, experts]
-        both = with_chosen[of]  # [experts, experts]
-        self.loss = float(both.sum())
-        others = with_chosen.sum(2) - with_chosen[experts, :, experts]
-        share = np.einsum("ebeb->eb", self.Q) + 2 * others
-        self.change = share - share[of][:, None]
-        cross = self.Q - with_chosen[..., None] - with_chosen.transpose(2, 0, 1)[:, None]
-        cross += both[:, None, :, None]
-        pair = self.change[:, :, None, None] + self.change + 2 * cross
-        pair[experts, :, experts] = np.inf
-        self.pair = pair
-
-    def best(self, free: int, index: int) -> _Step:
-        """Return the best change of one or two experts that takes at most ``free`` bytes."""
-        change = np.where(self.extra <= free, self.change, np.inf)
-        one = np.unravel_index(change.argmin(), change.shape)
-        fits = self.extra[:, :, None, None] + self.extra <= free
-        pair = np.where(fits, self.pair, np.inf)
-        two = np.unravel_index(pair.argmin(), pair.shape)
-        if change[one] <= pair[two]:
-            return float(change[one]), [(index, int(one[0]), int(one[1]))]
-        e, b, f, c = map(int, two)
-        return float(pair[two]), [(index, e, b), (index, f, c)]
-
-
-def _best_across(layers: Sequence[_Layer], free: int) -> _Step:
-    """Return the best two changes in different layers that take at most ``free`` bytes."""
-    places = np.array(
-        [(i, e, b) for i, layer in enumerate(layers) for e, b in np.ndindex(layer.extra.shape)]
-    )
-    extra = np.concatenate([layer.extra.ravel() for layer in layers])
-    change = np.concatenate([layer.change.ravel() for layer in layers])
-    by_size = np.argsort(extra, kind="stable")
-    found: _Step = (np.inf, [])
-    for i in range(len(layers) - 1):
-        ours = np.flatnonzero(places[:, 0] == i)
-        theirs = by_size[places[by_size, 0] > i]
-        least = np.minimum.accumulate(change[theirs])
-        last = np.searchsorted(extra[theirs], free - extra[ours], side="right") - 1
-        total = np.where(last >= 0, change[ours] + least[last], np.inf)
-        k = int(total.argmin())
-        if total[k] < found[0]:
-            j = theirs[int(np.argmin(change[theirs][: last[k] + 1]))]
-            steps = [tuple(map(int, places[p])) for p in (ours[k], j)]
-            found = float(total[k]), [(s[0], s[1], s[2]) for s in steps]
-    return found

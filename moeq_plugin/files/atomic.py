@@ -40,15 +40,16 @@ def staged(directory: Path) -> Iterator[Path]:
         directory: need not exist.
     """
     directory = directory.absolute()
-    workshop = directory.with_name(f".{directory.name}{PARTIAL}")
-    shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
-    stage = workshop / directory.name
+    # Beside the directory, so that moving files there is a rename within one file system.
+    temporary = directory.with_name(f".{directory.name}{PARTIAL}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    stage = temporary / directory.name
     stage.mkdir(parents=True)
     try:
         yield stage
         _publish(stage, directory)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(stage: Path, directory: Path) -> None:

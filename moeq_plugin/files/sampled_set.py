@@ -21,7 +21,7 @@ _FORMAT = 1
 _IDENTITY = ("format", "model", "config", "prompts")  # what must agree to continue a set
 
 
-class EBSSFile:
+class SampledSetFile:
     """One set on disk.
 
     Args:

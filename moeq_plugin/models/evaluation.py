@@ -97,10 +97,10 @@ def evaluate(
     """
     found: list[_Distances] = []
     routing = compare_routing(model, reference)
-    with ExitStack() as taps:
+    with ExitStack() as recorders:
         if routing is not None:
-            taps.enter_context(routing.model_tap)
-            taps.enter_context(routing.reference_tap)
+            recorders.enter_context(routing.model_recorder)
+            recorders.enter_context(routing.reference_recorder)
         for ids in sequences:
             found += _compare_batch(model, reference, ids, routing)
     if not found:
@@ -116,10 +116,10 @@ def _compare_batch(
         raise ValueError(f"expected sequences of at least 2 tokens, got {length}: none to predict")
     logits = model(input_ids=ids.to(_device(model))).logits
     # taken before the other forward: both may be one model
-    ours = routing.model_tap.take(rows) if routing is not None else None
+    ours = routing.model_recorder.take(rows) if routing is not None else None
     reference_logits = reference(input_ids=ids.to(_device(reference))).logits
     if routing is not None and ours is not None:
-        routing.add(ours, routing.reference_tap.take(rows))
+        routing.add(ours, routing.reference_recorder.take(rows))
     return [_distances(*of_row) for of_row in zip(logits, reference_logits, ids, strict=True)]
 
 

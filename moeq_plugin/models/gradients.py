@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeq_plugin.core.names import pool_of
 from moeq_plugin.core.sampling import draw
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
-from moeq_plugin.models.units import pool_of
 
 _PRIOR_TOKENS = 16  # an expert with fewer tokens takes much of its weights from its layer
 

@@ -113,15 +113,6 @@ class RoutingTrace:
             top_k_weights=self.top_k_weights.to(device),
         )
 
-    def expert_load(self, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``[experts]`` int64: slots, over all top-k, that each expert received.
-
-        Args:
-            token_mask: ``[tokens]`` bool, false for padding; ``None`` counts every token.
-        """
-        index = self.top_k_index if token_mask is None else self.top_k_index[token_mask]
-        return index.flatten().bincount(minlength=self.num_experts)
-
     def dispatch(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return for each expert its tokens ``[n]`` and their weights ``[n]``, slot after slot.
 

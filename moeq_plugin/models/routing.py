@@ -1,4 +1,4 @@
-"""Listen to what routers decide, in the forward that decides it.
+"""Record what routers decide, in the forward that decides it.
 
 The experts' own arguments are read, so that loads and weights are those that the model used,
 whatever it does between router and experts.
@@ -16,8 +16,8 @@ from torch import nn
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
 
 
-class Tap:
-    """Listens to a forward by hooks while it is entered, and forgets what it noted at the end."""
+class Recorder:
+    """Records a forward by hooks while it is entered, and forgets what it recorded at the end."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -45,8 +45,8 @@ class Tap:
         raise NotImplementedError
 
 
-class RoutingTap(Tap):
-    """Collects, while it is entered, the routing of each forward of a model.
+class RoutingRecorder(Recorder):
+    """Records, while it is entered, the routing of each forward of a model.
 
     Args:
         layers: the model's MoE layers, of one number of experts.
@@ -127,9 +127,9 @@ def weight_sums(
         sequences: token ids; no sequence gives zeros.
     """
     device = next(model.parameters()).device
-    with RoutingTap(layers) as tap:
-        total = torch.zeros(2, len(layers), tap.num_experts, dtype=torch.float64)
+    with RoutingRecorder(layers) as recorder:
+        total = torch.zeros(2, len(layers), recorder.num_experts, dtype=torch.float64)
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-            total += tap.take_weight_sums().cpu()
+            total += recorder.take_weight_sums().cpu()
     return total

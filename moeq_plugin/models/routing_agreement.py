@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
-from moeq_plugin.models.routing import Tap
+from moeq_plugin.models.routing import Recorder
 from moeq_plugin.models.stderr import mean_and_stderr
 
 
@@ -67,7 +67,7 @@ class RoutingAgreement:
         return min(self.layers, key=lambda layer: layer.jaccard)
 
 
-class RouterTap(Tap):
+class RouterRecorder(Recorder):
     """Notes, while it is entered, the experts' indices and the routers' logits of a forward."""
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
@@ -119,7 +119,8 @@ class RoutingComparison:
     """
 
     def __init__(self, layers: Sequence[MoELayer], reference_layers: Sequence[MoELayer]) -> None:
-        self.model_tap, self.reference_tap = RouterTap(layers), RouterTap(reference_layers)
+        self.model_recorder = RouterRecorder(layers)
+        self.reference_recorder = RouterRecorder(reference_layers)
         self._layers = layers
         self._jaccard: list[list[torch.Tensor]] = [[] for _ in layers]
         self._router_kl: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -130,7 +131,7 @@ class RoutingComparison:
         ours: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
         theirs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     ) -> None:
-        """Add what the taps took from one batch."""
+        """Add what the recorders took from one batch."""
         for number, ((index, logits), (other, other_logits)) in enumerate(
             zip(ours, theirs, strict=True)
         ):

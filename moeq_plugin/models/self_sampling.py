@@ -21,7 +21,7 @@ from moeq_plugin.core.beam_search import BeamSearch
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence
 from moeq_plugin.models.kv_cache import Branches
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
-from moeq_plugin.models.routing import RoutingTap, weight_sums
+from moeq_plugin.models.routing import RoutingRecorder, weight_sums
 
 _ROUND = 16  # sequences that are balanced against the same finished ones; part of the result
 
@@ -155,9 +155,9 @@ class SelfSampler:
         )
         branches = Branches(self._model, self._config.seq_len)
         chances = [random.Random(f"{self._config.seed}/{index}") for index in batch]
-        with RoutingTap(self._layers) as tap:
+        with RoutingRecorder(self._layers) as recorder:
             logits = branches.start(tokens)
-            load = tap.take_load(len(batch))[:, None]
+            load = recorder.take_load(len(batch))[:, None]
             for step in itertools.count():
                 self._on_step(len(batch))
                 if search.is_done:
@@ -169,7 +169,7 @@ class SelfSampler:
                     extension = search.advance(logits, load)
                 logits = branches.extend(extension)
                 shape = extension.tokens.shape
-                load = tap.take_load(shape.numel()).unflatten(0, shape)
+                load = recorder.take_load(shape.numel()).unflatten(0, shape)
         return search.finish(load)
 
     def _start(self, index: int) -> list[int]:

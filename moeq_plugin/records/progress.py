@@ -1,17 +1,16 @@
-"""How far a long run is, told to whoever listens: a terminal, a log, a test."""
+"""How far a long run is, reported to whoever listens: a terminal, a log, a test."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from moeq_plugin.core.names import place
 from moeq_plugin.records.run import LinearRecord
 
 Phase = Literal["sample", "measure", "quantize", "save"]
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def listening(listener: Callable[[Progress], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def tell(progress: Progress) -> None:
-    """Tell all listeners."""
+def report_progress(progress: Progress) -> None:
+    """Call all listeners with a step."""
     for listener in list(_listeners):
         listener(progress)
 
@@ -100,5 +99,5 @@ def quantize_progress(
 
 
 def _layers(names: Iterable[str]) -> set[int]:
-    found = (_LAYER.search(name) for name in names)
-    return {int(match[1]) for match in found if match is not None}
+    layers = (place(name).layer for name in names)
+    return {layer for layer in layers if layer is not None}

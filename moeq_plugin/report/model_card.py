@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from moeq_plugin.core.names import place
 from moeq_plugin.records.quality import QualityRecord
 from moeq_plugin.records.run import Basis, RunRecord
 from moeq_plugin.report.directory import Findings, read_directory
-from moeq_plugin.report.names import place
 from moeq_plugin.report.section import number, percent, size, with_error
 from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from moeq_plugin.core.names import place
 from moeq_plugin.report.charts import SERIES, Chart, Scale, heatmap, plot, whole_numbers, wrapped
 from moeq_plugin.report.directory import Findings
-from moeq_plugin.report.names import place
 from moeq_plugin.report.section import Section, number
 
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from moeq_plugin.core.names import place
 from moeq_plugin.records.run import Basis, LinearRecord
 from moeq_plugin.report.charts import Chart, Scale, heatmap, log_scale, short
 from moeq_plugin.report.directory import Findings
-from moeq_plugin.report.names import place
 from moeq_plugin.report.section import Section, Table, number
 
 _MAX_ROWS = 40

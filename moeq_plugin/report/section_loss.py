@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeq_plugin.core.names import place
 from moeq_plugin.report.charts import SERIES, Chart, log_axis, plot, whole_numbers
 from moeq_plugin.report.directory import Findings
-from moeq_plugin.report.names import place
 from moeq_plugin.report.section import Section, Table, number
 
 _MAX_RANGES = 16  # layers

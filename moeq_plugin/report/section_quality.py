@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moeq_plugin.core.names import place
 from moeq_plugin.records.quality import QualityRecord, TaskScore
 from moeq_plugin.report.charts import SERIES, Chart, plot, whole_numbers
 from moeq_plugin.report.directory import Findings
-from moeq_plugin.report.names import place
 from moeq_plugin.report.section import Section, Table, number, percent, with_error
 
 

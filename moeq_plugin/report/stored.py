@@ -6,15 +6,19 @@ Standard library only.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+from moeq_plugin.checkpoint.headers import (
+    StoredTensor,
+    UnreadableFileError,
+    read_bytes,
+    read_header,
+)
+
 _OF_WEIGHT = "weight_"  # what is stored beside or instead of a weight: weight_scale and so on
 
 
@@ -51,65 +55,48 @@ def read_stored(directory: Path) -> Stored | None:
     Raises:
         ValueError: if a file is not a safetensors file.
     """
-    modules: dict[str, dict[str, tuple[dict[str, Any], list[int]]]] = {}
+    modules: dict[str, dict[str, StoredTensor]] = {}
     for path in sorted(directory.glob("*.safetensors")):
-        for key, entry, shape in _tensors(path):
-            module, _, name = key.rpartition(".")
-            modules.setdefault(module, {})[name] = entry, shape
+        for tensor in _tensors(path):
+            module, _, name = tensor.name.rpartition(".")
+            modules.setdefault(module, {})[name] = tensor
     if not modules:
         return None
     total = weights = quantized_bytes = quantized_weights = 0
     for tensors in modules.values():
-        of_weight = [n for n in tensors if n == "weight" or n.startswith(_OF_WEIGHT)]
-        is_quantized = any(n.startswith(_OF_WEIGHT) for n in of_weight)
-        size = sum(_num_bytes(entry) for entry, _ in tensors.values())
-        own = sum(_num_bytes(tensors[n][0]) for n in of_weight)
-        other = sum(math.prod(shape) for n, (_, shape) in tensors.items() if n not in of_weight)
-        count = _weights_of(tensors)
-        total, weights = total + size, weights + count + other
-        if is_quantized:
+        of_weight = {n: t for n, t in tensors.items() if n == "weight" or n.startswith(_OF_WEIGHT)}
+        others = [t for n, t in tensors.items() if n not in of_weight]
+        count, own = _num_weights(of_weight), sum(t.num_bytes for t in of_weight.values())
+        total += own + sum(t.num_bytes for t in others)
+        weights += count + sum(math.prod(t.shape) for t in others)
+        if any(n.startswith(_OF_WEIGHT) for n in of_weight):
             quantized_bytes, quantized_weights = quantized_bytes + own, quantized_weights + count
     return Stored(total, weights, quantized_bytes, quantized_weights)
 
 
-def _weights_of(tensors: dict[str, tuple[dict[str, Any], list[int]]]) -> int:
-    if "weight_shape" in tensors:  # packed integers: its content is the shape of the weight
-        return math.prod(tensors["weight_shape"][1])
-    if "weight" in tensors:
-        return math.prod(tensors["weight"][1])
-    packed = tensors.get("weight_packed")  # four-bit floats, two to a byte
-    return 2 * math.prod(packed[1]) if packed is not None else 0
+def _tensors(path: Path) -> list[StoredTensor]:
+    try:
+        return read_header(path)
+    except UnreadableFileError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, dict[str, Any], list[int]]]:
-    """Yield name, header entry and shape of each tensor; of a ``weight_shape`` its content.
+def _num_weights(of_weight: Mapping[str, StoredTensor]) -> int:
+    """Return how many weights the tensors stand for that store one matrix.
 
     Raises:
-        ValueError: if the file is not a safetensors file.
+        ValueError: if the shape of a packed weight is not in the file.
     """
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _MAX_HEADER:
-            raise ValueError(f"{path} is not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        for key, entry in header.items():
-            if key == "__metadata__":
-                continue
-            is_shape = key.endswith(".weight_shape")
-            yield key, entry, _content(file, 8 + length, entry) if is_shape else entry["shape"]
+    if "weight_shape" in of_weight:  # packed integers: its content is the shape of the weight
+        return math.prod(_numbers(of_weight["weight_shape"]))
+    if "weight" in of_weight:
+        return math.prod(of_weight["weight"].shape)
+    packed = of_weight.get("weight_packed")  # four-bit floats, two to a byte
+    return 2 * math.prod(packed.shape) if packed is not None else 0
 
 
-def _content(file: BinaryIO, start: int, entry: dict[str, Any]) -> list[int]:
-    begin, end = entry["data_offsets"]
-    file.seek(start + begin)
-    width, form = {"I32": (4, "i"), "I64": (8, "q")}[entry["dtype"]]
-    return list(struct.unpack(f"<{(end - begin) // width}{form}", file.read(end - begin)))
-
-
-def _num_bytes(entry: dict[str, Any]) -> int:
-    begin, end = entry["data_offsets"]
-    return int(end - begin)
+def _numbers(tensor: StoredTensor) -> tuple[int, ...]:
+    letter = {"I32": "i", "I64": "q"}.get(tensor.dtype)
+    if letter is None or not tensor.is_whole:
+        raise ValueError(f"{tensor.path.name}: {tensor.name} cannot be read")
+    return struct.unpack(f"<{math.prod(tensor.shape)}{letter}", read_bytes(tensor))

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
-from moeq_plugin.checkpoint.files import open_checkpoint
 from moeq_plugin.checkpoint.formats import tensors_of
 from moeq_plugin.checkpoint.layout import lay_out
+from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
 from moeq_plugin.checkpoint.plan import Output, plan_quantization
 from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.checkpoint.schemes import Scheme

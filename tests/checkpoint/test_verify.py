@@ -87,8 +87,8 @@ def test_weights_that_were_scaled_or_rotated_are_not_held_against_a_checkpoint(n
 def test_the_gptq_format_is_read_bit_by_bit(sound, tmp_path):
     """The same codes in another format are as far from the source as before."""
     from moeq_plugin.checkpoint.checks.source import relative_errors
-    from moeq_plugin.checkpoint.files import open_checkpoint
     from moeq_plugin.checkpoint.layout import lay_out
+    from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
 
     path = sound("qwen3_moe")
     gptq = copy_of(path, tmp_path / "gptq")

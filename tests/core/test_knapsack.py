@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
-from moeq_plugin.core.knapsack import choose_options, minimize_worst_ratio
+from moeq_plugin.core.knapsack import choose_options
+from moeq_plugin.core.minimax_knapsack import minimize_worst_ratio
 
 
 def instance(seed, groups, options, *, whole_losses, forbidden=0.15):

@@ -36,7 +36,7 @@ def test_bits_and_sizes_are_those_of_the_files(saved):
 def test_the_card_beside_the_weights_has_what_the_run_knows(saved):
     card = (saved / "README.md").read_text()
     assert "# quant" in card
-    assert f"| {len(read_directory(saved).linears)} | W4 int symmetric group 32 |" in card
+    assert f"| {len(read_directory(saved).linears)} | W4 symmetric group 32 |" in card
     assert "Effective tokens of an expert: at least" in card
     assert "vllm serve ./quant" in card
 

@@ -21,6 +21,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
     SensitivityModifier,
 )
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
+from moeq_plugin.models.moe import find_moe_layers
 
 OPTIONS = ["W2A16_G16", "W3A16_G16", "W4A16_G16", "W8A16_G16", "UNQUANTIZED"]
 
@@ -89,7 +90,7 @@ def test_units_of_the_target_have_one_scheme_in_the_config(tmp_path):
 def test_a_loss_is_the_squared_error_on_tokens_that_did_not_round(name, tmp_path):
     """Brute force over the other half, with weights that stock rounding of one half gives."""
     name = f"model.layers.0.{name}"
-    config = SensitivityConfig(gradient=False, interactions=False)
+    config = SensitivityConfig(gradient=False)
     modifier = SensitivityModifier(options=["W2A16_G16", "W4A16_G16"], config=config)
     data = dataset(16, 64)  # enough that no expert borrows
     oneshot(tiny_model("qwen2_moe", tmp_path / "a"), modifier, data, batch_size=2)
@@ -137,7 +138,8 @@ def test_measuring_changes_no_weight_and_rounding_less_costs_less(tmp_path):
     untouched = tiny_model("mixtral", tmp_path / "untouched")
     linearize_moe(untouched)
     model = tiny_model("mixtral", tmp_path / "model")
-    modifier = SensitivityModifier(options=[*OPTIONS, "W8A8"])
+    config = SensitivityConfig(interactions=True)
+    modifier = SensitivityModifier(options=[*OPTIONS, "W8A8"], config=config)
 
     oneshot(model, modifier, batch_size=2)
 
@@ -147,7 +149,9 @@ def test_measuring_changes_no_weight_and_rounding_less_costs_less(tmp_path):
     assert (np.diff(loss[:, :4].sum(0)) < 0).all()
     assert (loss[:, 4] == 0).all()
     assert (loss[:, 5] > 0).all()
-    assert all(1 <= i.eigenvalue < 2 for i in modifier.table.interactions.values())
+    interactions = modifier.table.interactions
+    assert len(interactions) == len(find_moe_layers(model))
+    assert all(1 <= found.eigenvalue < 2 for found in interactions.values())
 
 
 def test_a_saved_table_is_solved_again_without_measuring(tmp_path):
@@ -219,7 +223,7 @@ def test_one_sequence_cannot_both_round_and_judge(tmp_path):
 
 def test_the_worst_domain_is_better_off_in_robust_mode(tmp_path):
     data = dataset(12).add_column("domain", [0, 1, 2] * 4)
-    config = SensitivityConfig(domain_names=("wiki", "code", "math"), interactions=False)
+    config = SensitivityConfig(domain_names=("wiki", "code", "math"))
     modifier = SensitivityModifier(options=OPTIONS, config=config)
     oneshot(bf16_model("qwen3_moe", tmp_path), modifier, data, batch_size=3)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.files.sampled_set import EBSSFile
+from moeq_plugin.files.sampled_set import SampledSetFile
 from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset, sample_set
 from moeq_plugin.models.self_sampling import SelfSampler
 
@@ -47,7 +47,7 @@ def disk_full_after(monkeypatch):
     """Let the sequences file take a number of lines and half a line more."""
 
     def fill(lines):
-        real, left = EBSSFile.append, [lines]
+        real, left = SampledSetFile.append, [lines]
 
         def append(self, sequence):
             left[0] -= 1
@@ -57,7 +57,7 @@ def disk_full_after(monkeypatch):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             real(self, sequence)
 
-        monkeypatch.setattr(EBSSFile, "append", append)
+        monkeypatch.setattr(SampledSetFile, "append", append)
 
     return fill
 
@@ -127,7 +127,7 @@ class TestFile:
     def test_round_trip_with_a_manifest_and_a_hash(self, model, tmp_path):
         path = tmp_path / "set.jsonl"
         dataset = ebss_dataset(model, config=small(tau=math.inf), path=path)
-        file = EBSSFile(path)
+        file = SampledSetFile(path)
         manifest = file.read_manifest()
         assert [sequence.input_ids for sequence in file.read()] == list(dataset["input_ids"])
         assert manifest["is_complete"]
@@ -156,8 +156,8 @@ class TestFile:
         with pytest.raises(KeyboardInterrupt):
             ebss_dataset(model, config=small(), path=path, max_cached_tokens=1)
         assert any("2 sequences are finished, kept in" in message for message in messages)
-        assert not EBSSFile(path).read_manifest()["is_complete"]
-        assert [sequence.index for sequence in EBSSFile(path).read()] == [0, 1]
+        assert not SampledSetFile(path).read_manifest()["is_complete"]
+        assert [sequence.index for sequence in SampledSetFile(path).read()] == [0, 1]
 
         monkeypatch.setattr(SelfSampler, "_sample", real)
         continued = ebss_dataset(model, config=small(), path=path)
@@ -173,17 +173,17 @@ class TestFile:
         dataset = ebss_dataset(model, config=small(), path=path)
         assert len(dataset) == 4
         assert any("No space left on device" in message for message in messages)
-        assert [sequence.index for sequence in EBSSFile(path).read()] == [0, 1]
+        assert [sequence.index for sequence in SampledSetFile(path).read()] == [0, 1]
 
         monkeypatch.undo()
         continued = ebss_dataset(model, config=small(), path=path)
         assert list(continued["input_ids"]) == list(dataset["input_ids"])
-        assert [sequence.index for sequence in EBSSFile(path).read()] == [0, 1, 2, 3]
+        assert [sequence.index for sequence in SampledSetFile(path).read()] == [0, 1, 2, 3]
 
     def test_a_line_that_does_not_fit_is_removed_again(self, model, tmp_path):
         path = tmp_path / "set.jsonl"
         ebss_dataset(model, config=small(), path=path)
-        before, sequence = path.read_bytes(), EBSSFile(path).read()[0]
+        before, sequence = path.read_bytes(), SampledSetFile(path).read()[0]
 
         class FullDisk(type(path)):
             def open(self, mode="r", **options):
@@ -197,7 +197,7 @@ class TestFile:
             raise OSError(errno.ENOSPC, "full")
 
         with pytest.raises(OSError, match="full"):
-            EBSSFile(FullDisk(path)).append(sequence)
+            SampledSetFile(FullDisk(path)).append(sequence)
         assert path.read_bytes() == before
 
     def test_refuses_to_continue_another_set(self, model, tmp_path):
@@ -223,10 +223,10 @@ class TestFile:
         lines[1] = json.dumps(row)
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(ValueError, match="was changed after it was sampled"):
-            EBSSFile(path).read()
+            SampledSetFile(path).read()
 
     def test_names_a_line_that_cannot_be_read(self, model, tmp_path):
         path = tmp_path / "set.jsonl"
         path.write_text('{"index": 0}\n{"index": 1}\n')
         with pytest.raises(ValueError, match="line 1: not a sequence"):
-            EBSSFile(path).read()
+            SampledSetFile(path).read()

@@ -186,7 +186,7 @@ def test_low_rank_factors_get_groups_that_fit(half):
     schemes = {r.name: r.scheme for r in run.linears if r.scheme.startswith("W")}
 
     columns = {name: before[f"{name}.weight"].shape[1] for name in schemes}
-    assert schemes == {n: f"W3 int asymmetric group {min(64, c)}" for n, c in columns.items()}
+    assert schemes == {n: f"W3 asymmetric group {min(64, c)}" for n, c in columns.items()}
     assert min(columns.values()) < 64 < max(columns.values())
 
 

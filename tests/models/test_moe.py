@@ -123,11 +123,6 @@ class TestRoutingTrace:
         )
         torch.testing.assert_close(trace.combine_weights(), expected)
 
-    def test_load_counts_every_slot(self, trace):
-        assert trace.expert_load().tolist() == [3, 2, 3, 0]
-        mask = torch.tensor([True, False, True, False])
-        assert trace.expert_load(mask).tolist() == [1, 1, 2, 0]
-
     def test_dispatch_pairs_each_token_with_its_own_weight(self, trace):
         combine = trace.combine_weights()
         for expert, (token, weight) in enumerate(trace.dispatch()):

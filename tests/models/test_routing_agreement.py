@@ -6,7 +6,7 @@ from helpers import FAMILIES, tiny_model, tokens
 
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.models.routing import RoutingTap
+from moeq_plugin.models.routing import RoutingRecorder
 from moeq_plugin.models.routing_agreement import compare_routing, jaccard
 
 pytest.importorskip("llmcompressor")
@@ -24,9 +24,9 @@ def routing_of(model, ids):
         layer.router.register_forward_hook(lambda _m, _a, result: logits.append(result[0]))
         for layer in layers
     ]
-    with RoutingTap(layers) as tap, torch.no_grad():
+    with RoutingRecorder(layers) as recorder, torch.no_grad():
         model(input_ids=ids)
-        index = tap._stacked(tap._index)
+        index = recorder._stacked(recorder._index)
     for handle in handles:
         handle.remove()
     return [[set(t.tolist()) for t in layer] for layer in index], torch.stack(logits)

@@ -11,7 +11,7 @@ from helpers import FAMILIES, tiny_model, tokens
 from moeq_plugin.core.sampling import EBSSConfig, expert_imbalance
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.models.moe import UnsupportedModelError, find_moe_layers
-from moeq_plugin.models.routing import RoutingTap, weight_sums
+from moeq_plugin.models.routing import RoutingRecorder, weight_sums
 from moeq_plugin.models.self_sampling import SelfSampler
 
 transformers = pytest.importorskip("transformers")
@@ -80,9 +80,9 @@ def test_load_and_likelihood_are_those_of_one_plain_forward(family, tmp_path):
 
     for sequence in sample(model, small(seq_len=48, tau=0.05, no_repeat_ngram=3)):
         ids = torch.tensor([sequence.input_ids])
-        with RoutingTap(layers) as tap:
+        with RoutingRecorder(layers) as recorder:
             log_probs = model(ids).logits[0, :-1].double().log_softmax(-1)
-            load = tap.take_load(1)[0]
+            load = recorder.take_load(1)[0]
         assert torch.equal(torch.tensor(sequence.load), load)
         assert load.sum(1).tolist() == [2 * 48] * len(layers)  # top-2 of 48 tokens
         nll = -log_probs.gather(1, ids[0, 1:, None]).mean().item()
@@ -143,9 +143,9 @@ class TestBalance:
         ancestral = self.set_of(trained, tau=None)
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(1, 2048, (16, 64), generator=generator)
-        with RoutingTap(find_moe_layers(trained)) as tap, torch.no_grad():
+        with RoutingRecorder(find_moe_layers(trained)) as recorder, torch.no_grad():
             trained(random)
-            of_random = expert_imbalance(tap.take_load(16), 64).mean().item()
+            of_random = expert_imbalance(recorder.take_load(16), 64).mean().item()
         assert self.own(balanced) < self.own(ancestral)
         assert self.own(balanced) < of_random
 
@@ -355,4 +355,4 @@ class TestRefuses:
         layers = find_moe_layers(tiny_model("mixtral", tmp_path / "four"))
         layers += find_moe_layers(tiny_model("mixtral", tmp_path / "two", num_local_experts=2))
         with pytest.raises(UnsupportedModelError, match=r"got \[2, 4\] experts in 4 layers"):
-            RoutingTap(layers)
+            RoutingRecorder(layers)

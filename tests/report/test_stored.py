@@ -50,6 +50,16 @@ def test_shapes_of_32_bits_are_read_too(tmp_path):
     assert read_stored(tmp_path).quantized_weights == 512
 
 
+@pytest.mark.parametrize("cut", [0, 8])
+def test_a_shape_that_is_not_in_the_file_is_said(tmp_path, cut):
+    dtype = "I64" if cut else "F64"
+    path = tmp_path / "m.safetensors"
+    write_tensors(path, {"a.weight_shape": (dtype, [2], bytes(16))})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    with pytest.raises(ValueError, match=r"m\.safetensors: a\.weight_shape cannot be read"):
+        read_stored(tmp_path)
+
+
 def test_a_model_in_16_bit_has_no_bits_per_quantized_weight(tmp_path):
     write_tensors(tmp_path / "m.safetensors", {"a.weight": ("BF16", [4, 8], bytes(64))})
     assert read_stored(tmp_path).bits_per_weight is None

@@ -12,8 +12,9 @@ from moeq_plugin.checkpoint.architecture import KEPT, Role
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
 from moeq_plugin.checkpoint.lookup import ConflictError, Lookup
-from moeq_plugin.checkpoint.names import FUSED, fused_name, in_vllm
-from moeq_plugin.checkpoint.schemes import read_schemes
+from moeq_plugin.checkpoint.read_schemes import read_schemes
+from moeq_plugin.checkpoint.reader_names import fused_name, in_vllm
+from moeq_plugin.core.names import FUSED
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"

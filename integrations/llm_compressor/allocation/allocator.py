@@ -25,7 +25,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.target_patterns import p
 from moeq_plugin.integrations.llm_compressor.host import run_pass
 from moeq_plugin.integrations.llm_compressor.schemes import describe, weight_args
 from moeq_plugin.models.moe import MoELayer
-from moeq_plugin.models.units import Target, unit_labels
+from moeq_plugin.models.scheme_units import Target, unit_labels
 
 TABLE_FILE = "moeq_sensitivity.json"
 ALLOCATION_FILE = "moeq_allocation.json"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from moeq_plugin.core.names import pool_of
 from moeq_plugin.core.sensitivity import quadratic_losses, smoothed_shares
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
@@ -14,7 +15,6 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Observation,
 )
 from moeq_plugin.integrations.llm_compressor.solving import guard
-from moeq_plugin.models.units import pool_of
 
 
 class LayerScores:

@@ -54,8 +54,8 @@ from moeq_plugin.integrations.llm_compressor.host import (
 from moeq_plugin.integrations.llm_compressor.solving import Job, guard
 from moeq_plugin.models.gradients import OutputGradients
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
-from moeq_plugin.models.units import unit_labels
-from moeq_plugin.records.progress import layer_progress, tell
+from moeq_plugin.models.scheme_units import unit_labels
+from moeq_plugin.records.progress import layer_progress, report_progress
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SensitivityConfig:
     router_weight: float = 0.0
     domain_names: tuple[str, ...] | None = None
     undercovered_tokens: float = 16.0
-    interactions: bool = True
+    interactions: bool = False
 
     def __post_init__(self) -> None:
         if self.gradient_tokens < 1:
@@ -183,7 +183,7 @@ class SensitivityModifier(Modifier):
         self._domains = self._names_of_domains(counts)
         run_routed_tokens_only(state.model, self._undo)
         undo_with_oneshot(self._undo)
-        tell(layer_progress("measure", (), self._names.values()))
+        report_progress(layer_progress("measure", (), self._names.values()))
         if self.config.gradient:
             logger.info("sensitivity: one backward pass per calibration batch")
             self._row_weights = self._gradients(state).row_weights()
@@ -218,7 +218,7 @@ class SensitivityModifier(Modifier):
         for calibration in (rounding, *(c for _, c in self._judging)):
             calibration.clear_layer()
         pending = [name for name in self._names.values() if name not in self._losses]
-        tell(layer_progress("measure", self._losses, pending))
+        report_progress(layer_progress("measure", self._losses, pending))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Put the table together and remove hooks."""

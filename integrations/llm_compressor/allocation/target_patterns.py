@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-_LAYER = re.compile(r"^(?P<before>.*\.layers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-_EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)$")
-_ALIASES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+from moeq_plugin.core.names import MIXTRAL_BLOCK, MIXTRAL_PROJECTIONS, InLayer, in_layer, of_expert
 
 
 def patterns(rows: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
@@ -48,12 +46,19 @@ class _Role:
     projection: str
 
 
+def _in_layer(name: str) -> InLayer | None:
+    """Return where in a layer a linear is, ``None`` where patterns cannot say it."""
+    found = in_layer(name)
+    # a model of layers alone has no prefix, and the patterns ask for the dot after one
+    return found if found and found.before else None
+
+
 def _role(name: str) -> _Role | None:
-    numbered = _LAYER.match(name)
-    expert = _EXPERT.match(numbered["rest"]) if numbered else None
-    if numbered is None or expert is None:
+    numbered = _in_layer(name)
+    expert = of_expert(numbered.rest) if numbered else None
+    if numbered is None or expert is None or not expert.block or "." in expert.projection:
         return None
-    return _Role(int(numbered["layer"]), expert["block"], expert["projection"])
+    return _Role(numbered.layer, expert.block, expert.projection)
 
 
 def _patterns(names: list[str], shared: set[_Role]) -> Iterator[str]:
@@ -61,11 +66,11 @@ def _patterns(names: list[str], shared: set[_Role]) -> Iterator[str]:
     dense: dict[str, set[int]] = {}
     experts: dict[_Role, set[int]] = {}
     for name in names:
-        role, numbered = _role(name), _LAYER.match(name)
+        role, numbered = _role(name), _in_layer(name)
         if numbered is None:
             yield name
         elif role is None:
-            dense.setdefault(numbered["rest"], set()).add(int(numbered["layer"]))
+            dense.setdefault(numbered.rest, set()).add(numbered.layer)
         else:
             experts.setdefault(role, set()).add(int(name.split(".")[-2]))
     for rest, layers in dense.items():
@@ -77,9 +82,9 @@ def _patterns(names: list[str], shared: set[_Role]) -> Iterator[str]:
     projections_of: dict[tuple[str, str, frozenset[int]], list[str]] = {}
     for (block, projection, which), layers in layers_of.items():
         alike = projections_of.setdefault((block, which, frozenset(layers)), [])
-        alike += filter(None, (projection, _ALIASES.get(projection)))
+        alike += filter(None, (projection, MIXTRAL_PROJECTIONS.get(projection)))
     for (block, which, numbered_layers), projections in projections_of.items():
-        blocks = rf"(?:{re.escape(block)}|block_sparse_moe)"
+        blocks = rf"(?:{re.escape(block)}|{MIXTRAL_BLOCK})"
         rest = rf"{blocks}\.experts\.{which}\.(?:{'|'.join(projections)})"
         yield _pattern(numbered_layers, rest)
 

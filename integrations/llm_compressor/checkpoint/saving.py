@@ -33,7 +33,7 @@ from moeq_plugin.integrations.llm_compressor.host import (
     replace_saving,
 )
 from moeq_plugin.models.moe import MoELayer
-from moeq_plugin.records.progress import Progress, tell
+from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.run import RunRecord, save_records
 from moeq_plugin.report.model_card import save_model_card
 
@@ -90,7 +90,7 @@ def _write_on_save(
             exact_codes(),
         ):
             num_linears = sum(len(record.linears) for record, _ in noted)
-            tell(Progress("save", 0, num_linears, "linears"))
+            report_progress(Progress("save", 0, num_linears, "linears"))
             save_pretrained(directory, *args, **kwargs)
             if not is_source_process():
                 return

@@ -23,7 +23,7 @@ from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_modifier import RoutedModifier
 from moeq_plugin.integrations.llm_compressor.moequant.run import Run
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState, model_digest
-from moeq_plugin.models.units import Target
+from moeq_plugin.models.scheme_units import Target
 from moeq_plugin.records.environment import versions
 
 

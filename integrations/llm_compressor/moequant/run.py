@@ -33,7 +33,7 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, guard, solve_stack, stacks, write
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.records.progress import quantize_progress, tell
+from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 
@@ -97,7 +97,7 @@ class Run:
             # a token that is not routed has weight zero: do not compute what will not count
             host.run_routed_tokens_only(model, self._undo)
         self._restore()
-        tell(quantize_progress(self.record.linears, 0, self._pending.values()))
+        report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
         linears = [m for m in self._pending if isinstance(m, nn.Linear)]
         self._calibration.attach(model, layers, linears, self._host.register_hook)
 
@@ -117,7 +117,9 @@ class Run:
             return
         if self._kept_state is not None and is_source_process():
             self._kept_state.keep(finished, {name: m for m, name in self._names.items()})
-        tell(quantize_progress(self.record.linears, len(finished), self._pending.values()))
+        report_progress(
+            quantize_progress(self.record.linears, len(finished), self._pending.values())
+        )
 
     def end(self, state: State) -> None:
         """Round to nearest what no batch has called, then remove hooks and observers."""

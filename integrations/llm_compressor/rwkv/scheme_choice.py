@@ -14,13 +14,12 @@ from compressed_tensors.quantization import (
 )
 from torch import nn
 
+from moeq_plugin.core.names import fused_with
 from moeq_plugin.core.uniformity import Gaps, UniformityScore, score_uniformity
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.packed import packed_modules
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix in servers
 
 
 def score_weights(linears: Mapping[str, nn.Linear], gaps: Gaps) -> dict[str, UniformityScore]:
@@ -43,19 +42,17 @@ def deciding_together(
 ) -> list[list[str]]:
     """Return names of linears that a server can only load with one scheme.
 
-    These are the routed experts of one layer, and elsewhere q, k and v, and gate and up.
+    These are the routed experts of one layer, and elsewhere what is fused into one matrix: q, k
+    and v, gate and up, and the two down projections of latent attention.
     """
     names = {linear: name for name, linear in linears.items()}
     groups = [[names[e] for e in expert_linears(layer) if e in names] for layer in layers]
     taken = {name for group in groups for name in group}
-    for fused in _FUSED:
-        siblings: dict[str, list[str]] = {}
-        for name in linears:
-            parent, _, last = name.rpartition(".")
-            if last in fused and name not in taken:
-                siblings.setdefault(parent, []).append(name)
-        groups += siblings.values()
-    return groups
+    fused: dict[tuple[str, ...], list[str]] = {}
+    for name in linears:
+        if name not in taken:
+            fused.setdefault(fused_with(name), []).append(name)
+    return groups + [group for group in fused.values() if len(group) > 1]
 
 
 def scheme_groups(

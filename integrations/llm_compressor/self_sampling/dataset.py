@@ -18,9 +18,9 @@ from loguru import logger
 from tqdm import tqdm
 
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence, expert_imbalance
-from moeq_plugin.files.sampled_set import EBSSFile
+from moeq_plugin.files.sampled_set import SampledSetFile
 from moeq_plugin.models.self_sampling import SelfSampler
-from moeq_plugin.records.progress import Progress, tell
+from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.sampling import SamplingReport, report_on_samples
 
 _LIBRARIES = ("moeq-plugin", "torch", "transformers", "datasets")
@@ -80,7 +80,7 @@ def sample_set(
     """
     config = config or EBSSConfig()
     starts = _token_ids(prompts, tokenizer)
-    file = EBSSFile(Path(path)) if path is not None else None
+    file = SampledSetFile(Path(path)) if path is not None else None
     special, end = _special_ids(model, tokenizer)
     bar = tqdm(
         total=config.num_sequences * config.seq_len,
@@ -94,7 +94,7 @@ def sample_set(
         nonlocal num_tokens
         num_tokens = min(num_tokens + tokens, bar.total)  # coverage may go on for longer
         bar.update(tokens)
-        tell(Progress("sample", num_tokens, bar.total, "tokens"))
+        report_progress(Progress("sample", num_tokens, bar.total, "tokens"))
 
     writer = _Writer(file)
     sampler = SelfSampler(
@@ -126,7 +126,7 @@ def sample_set(
 class _Writer:
     """Writes sequences as they come; a disk that is full ends the writing, not the sampling."""
 
-    def __init__(self, file: EBSSFile | None) -> None:
+    def __init__(self, file: SampledSetFile | None) -> None:
         self._file = file if is_source_process() else None
 
     def write(self, sequence: SampledSequence) -> None:
@@ -135,9 +135,9 @@ class _Writer:
 
     def complete(self) -> None:
         if self._file is not None:
-            self._try(EBSSFile.complete)
+            self._try(SampledSetFile.complete)
 
-    def _try(self, action: Callable[[EBSSFile], None]) -> None:
+    def _try(self, action: Callable[[SampledSetFile], None]) -> None:
         assert self._file is not None
         try:
             action(self._file)

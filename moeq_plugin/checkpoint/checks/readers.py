@@ -12,7 +12,7 @@ from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import is_same
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.lookup import transformers_experts_scheme
-from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme, describe
 
 _ONLY_WITH_US = (
     "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory); "
@@ -49,9 +49,8 @@ def _misreadings(layout: Layout) -> Iterator[str]:
     one = transformers_experts_scheme(layout.schemes)
     others = [e for e in experts if not is_same(one, layout.stored[e.name], e.shape[1])]
     if others:
-        name = one.describe() if one else "16 bit"
         yield (
-            f"one scheme is applied to all experts of the model, {name}; {len(others)} of "
+            f"one scheme is applied to all experts of the model, {describe(one)}; {len(others)} of "
             f"{len(experts)} expert linears are stored in another and come out wrong, silently"
         )
     if any(not scheme.symmetric for scheme in quantized):

@@ -14,7 +14,8 @@ from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.checks.values import is_readable
 from moeq_plugin.checkpoint.codes import blocks, read_rows, read_tensor
 from moeq_plugin.checkpoint.layout import Layout
-from moeq_plugin.checkpoint.names import canonical, in_file
+from moeq_plugin.checkpoint.reader_names import in_file
+from moeq_plugin.core.names import canonical
 
 # Relative errors that no sound quantizer reaches; another matrix is at 1.4. GPTQ moves weights far
 # where inputs hardly vary: an expert of a trained model was met at 0.72 with 3 bits.

@@ -9,8 +9,9 @@ from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import FLOATS, Expected, is_old_packing, tensors_of
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.layout import FUSED_EXPERTS, Layout
-from moeq_plugin.checkpoint.names import canonical, in_file, layer_of
+from moeq_plugin.checkpoint.reader_names import in_file
 from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.core.names import canonical, layer_of
 
 
 def check_structure(layout: Layout) -> Iterator[Finding]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.checks.findings import Finding, error
-from moeq_plugin.checkpoint.names import role_of
 from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
+from moeq_plugin.core.names import role_of
 
 _BY_COLUMNS = ("o_proj", "down_proj")
 _WHOLE = ("q_a_proj", "kv_a_proj_with_mqa", "eh_proj")

@@ -14,7 +14,7 @@ from moeq_plugin.checkpoint.codes import blocks, can_read, pieces, read_tensor
 from moeq_plugin.checkpoint.formats import FLOATS, num_groups, tensors_of
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
 from moeq_plugin.checkpoint.layout import Layout
-from moeq_plugin.checkpoint.names import in_file
+from moeq_plugin.checkpoint.reader_names import in_file
 from moeq_plugin.checkpoint.schemes import Scheme
 
 # min-max rounding puts 1 of 16 codes at a limit; with few bits the limits are where most codes are

@@ -3,7 +3,7 @@ import torch
 from helpers import tiny_model
 
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.models.units import Target, pool_of, unit_labels
+from moeq_plugin.models.scheme_units import Target, unit_labels
 
 pytest.importorskip("llmcompressor")
 
@@ -63,8 +63,3 @@ def test_latent_attention_is_fused_where_its_first_projections_are(tmp_path):
 def test_every_linear_is_its_own_unit_where_they_run_one_by_one(tmp_path):
     units = labels_of("gpt_oss", tmp_path)["linear"]
     assert all(name == label for name, label in units.items())
-
-
-def test_a_pool_is_one_projection_of_all_experts():
-    assert pool_of("m.layers.3.mlp.experts.12.up_proj") == "m.layers.3.mlp.experts.*.up_proj"
-    assert pool_of("m.layers.3.self_attn.q_proj") == "m.layers.3.self_attn.q_proj"

@@ -1,0 +1,43 @@
+"""The modifiers of ``moeq quantize``, from options of the command line or from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def of_request(**settings: Any) -> list[Any]:
+    """Return the modifiers of a request; unlike the host's, a scheme may name its group size."""
+    from moeq_plugin import MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
+
+    if "_G" in (scheme := settings.get("scheme", "")):
+        group = parse_option(settings.pop("scheme")).for_targets(["Linear"])
+        settings["config_groups"] = {scheme: group}
+    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+
+
+def of_recipe(path: Path, work_dir: Path) -> list[Any]:
+    """Return a recipe's modifiers, those of ours told where to keep their state.
+
+    Raises:
+        ValueError: if it is no recipe, or state of several modifiers would have to be kept.
+    """
+    from llmcompressor.recipe import Recipe
+
+    from moeq_plugin import MoEQuantModifier
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected a recipe in YAML")
+    try:
+        modifiers = list(Recipe.create_instance(str(path)).modifiers)
+    except Exception as error:  # whatever a file that is no recipe makes a parser do
+        raise ValueError(f"{path} is not a recipe: {error}") from error
+    if not modifiers:
+        raise ValueError(f"{path} names no modifier")
+    if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):
+        return [modifiers[0].model_copy(update={"work_dir": str(work_dir)})]
+    typer.echo(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
+    return modifiers
