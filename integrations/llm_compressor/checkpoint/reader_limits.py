@@ -6,6 +6,8 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import nn
