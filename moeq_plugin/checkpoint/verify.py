@@ -9,10 +9,8 @@ from pathlib import Path
 from moeq_plugin.checkpoint.checks.findings import INCOMPLETE, Finding, Report
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.schemes import check_lookups, check_units
-from moeq_plugin.checkpoint.checks.source import check_source
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
-from moeq_plugin.checkpoint.checks.values import check_values
 from moeq_plugin.checkpoint.files import open_checkpoint
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 
@@ -43,6 +41,8 @@ def verify_checkpoint(
     layout = lay_out(open_checkpoint(path))
     findings = list(_findings(layout, target, tp))
     if source is not None and not any(found.check in INCOMPLETE for found in findings):
+        from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
+
         findings += check_source(layout, lay_out(open_checkpoint(source)))
     stored = [layout.stored[linear.name] for linear in layout.present()]
     schemes = Counter(scheme.describe() if scheme else "16 bit" for scheme in stored)
@@ -58,6 +58,8 @@ def verify_checkpoint(
 
 
 def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
+    from moeq_plugin.checkpoint.checks.values import check_values  # loads torch
+
     yield from layout.checkpoint.problems
     if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
         return  # whatever else is missing or mixed follows from that
