@@ -66,7 +66,7 @@ RULES: dict[str, Rule] = {
     # room, and never the other way round
     "integrations/hf": Rule(
         HOST | words("safetensors datasets optimum"),
-        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf"},
+        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
     ),
     "integrations/optimum_cli": Rule(words("optimum transformers"), words("files integrations/hf")),
 }

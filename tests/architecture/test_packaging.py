@@ -9,6 +9,7 @@ from import_graph import INSTALLED_AS, INTEGRATIONS, PACKAGE, ROOT, is_package, 
 SHARED_NAMES = {
     "modifier": "each method has one class that recipes name",
     "preflight": "what is refused before any work: by every method, and by AWQ alone",
+    "request": "what a recipe asks for, resolved and frozen: of a run, and of bits",
     "saving": "what a method adds to saving, beside what all of them do",
     "schemes": "what a checkpoint's schemes are, and the checks on them",
 }
