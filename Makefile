@@ -1,5 +1,5 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo test lint vllm-env test-vllm gptq-env autogptq-env test-gptq clean
+.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
@@ -10,12 +10,24 @@ TORCH := 2.13.0
 demo: .venv  ## quantize the shipped model, compare with stock GPTQ, reload, generate
 	$(PYTHON) examples/demo.py
 
+# The types are checked in a tree of links that is laid out as the package is installed.
+TREE := build/types
+
 lint: .venv
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+	@rm -rf $(TREE) && mkdir -p $(TREE)/moeq_plugin
+	@ln -s $(CURDIR)/moeq_plugin/* $(TREE)/moeq_plugin/
+	@ln -sfn $(CURDIR)/integrations $(TREE)/moeq_plugin/integrations
+	cd $(TREE) && $(CURDIR)/$(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(CURDIR)/.mypy_cache
 
-test: lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+
+test: lint  ## everything
+	$(PYTEST) --durations=20
+
+test-fast: lint  ## what takes less than five seconds and needs nothing but .venv
+	$(PYTEST) -m "not slow and not vllm and not gptq and not autogptq and not browser"
 
 # The torchvision that comes along is built for another torch and stops vLLM from starting.
 vllm-env:  ## vLLM for CPUs, beside .venv: each pins another compressed-tensors

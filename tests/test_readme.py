@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "moeq_plugin|integrations|tests|examples|benchmarks|docs"
+ROOMS = "core|models|rwkv|checkpoint|records|report|files|cli"
 
 
 def blocks(language):
@@ -20,7 +21,7 @@ def blocks(language):
 def test_every_path_named_exists(page):
     text = page.read_text()
     named = set(re.findall(rf"(?:{FOLDERS})/[\w./-]*\w", text))
-    named |= {f"moeq_plugin/{p}" for p in re.findall(r"`((?:core|models|report)/[\w/.]+)`", text)}
+    named |= {f"moeq_plugin/{p}" for p in re.findall(rf"`((?:{ROOMS})/[\w/.]+)`", text)}
     named |= {f"docs/{link}" for link in re.findall(r"\]\((\w+\.md)\)", text)}
     assert {name for name in named if not (ROOT / name).exists()} == set()
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationStatus
+import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
 from torch import nn
@@ -126,9 +127,11 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
     """
     lines, columns = [], []
     for module, name in modules.items():
-        group_size = module.quantization_scheme.weights.group_size
-        if group_size and group_size > 0 and module.weight.shape[1] % group_size:
-            columns.append(module.weight.shape[1])
+        scheme: QuantizationScheme = module.quantization_scheme
+        group_size, weight = scheme.weights.group_size, module.weight
+        assert isinstance(weight, torch.Tensor)  # what a scheme is attached to has one
+        if group_size and group_size > 0 and weight.shape[1] % group_size:
+            columns.append(weight.shape[1])
             lines.append(f"  - {name} (columns={columns[-1]}, group_size={group_size})")
     if not lines:
         return

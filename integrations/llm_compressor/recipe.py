@@ -11,9 +11,12 @@ from typing import Any
 
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning import REAPPruningModifier
+from llmcompressor.modifiers.gptq.base import GPTQModifier
+from llmcompressor.modifiers.pruning.reap.base import REAPPruningModifier
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
-from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
+from llmcompressor.modifiers.transform.quip.base import QuIPModifier
+from llmcompressor.modifiers.transform.smoothquant.base import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant.base import SpinQuantModifier
 from llmcompressor.modifiers.transform.spinquant.mappings import SPINQUANT_MAPPING_REGISTRY
 from torch import nn
 
@@ -27,7 +30,7 @@ _ROTATE_INSTEAD = (
 )
 
 
-def check_stack(modifier: Modifier, model: nn.Module, layers: list[MoELayer]) -> None:
+def check_stack(modifier: GPTQModifier, model: nn.Module, layers: list[MoELayer]) -> None:
     """Refuse a recipe whose modifiers would undo or miss each other's work.
 
     Args:
@@ -130,7 +133,9 @@ def _check_smoothquant(modifier: SmoothQuantModifier, layers: list[MoELayer]) ->
                 )
 
 
-def _check_schemes_survive(modifier: Modifier, model: nn.Module, layers: list[MoELayer]) -> None:
+def _check_schemes_survive(
+    modifier: GPTQModifier, model: nn.Module, layers: list[MoELayer]
+) -> None:
     """Refuse schemes that belong to single experts, which pruning removes and renumbers.
 
     Raises:

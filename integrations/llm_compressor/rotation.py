@@ -101,7 +101,7 @@ def rotate(stream: ResidualStream, rotation: Rotation) -> None:
     rotation = rotation.to(_float64_device())
     _replace(stream.embedding, "weight", rotation.of_reader)
     for read in stream.reads:
-        fold = partial(rotation.of_reader, scale=read.norm.weight)
+        fold = partial(rotation.of_reader, scale=_weight(read.norm))
         for reader in read.readers:
             _replace(reader, "weight", fold)
         _replace(read.norm, "weight", torch.ones_like)
@@ -127,10 +127,17 @@ def _replace(module: nn.Module, name: str, change: Callable[[torch.Tensor], torc
     update_offload_parameter(module, name, new)
 
 
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)  # embeddings and norms have one
+    return weight
+
+
 def _hadamard(order: int, seed: int) -> torch.Tensor | None:
     try:
         generator = torch.Generator().manual_seed(seed)
-        return random_hadamard_matrix(order, dtype=torch.float64, gen=generator)
+        matrix: torch.Tensor = random_hadamard_matrix(order, dtype=torch.float64, gen=generator)
+        return matrix
     except ValueError:  # the library tells in no other way which orders it knows
         return None
 
@@ -149,7 +156,7 @@ def _check_order(model: PreTrainedModel) -> None:
 
 def _probe_tokens(stream: ResidualStream) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(stream.embedding.weight), (2, 16), generator=generator)
+    ids = torch.randint(len(_weight(stream.embedding)), (2, 16), generator=generator)
     return ids.to(get_execution_device(stream.embedding))
 
 
@@ -158,7 +165,8 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return ``[tokens, vocabulary]`` float32; experts run on their own tokens only."""
     with contextlib.ExitStack() as undo:
         run_routed_tokens_only(model, undo)
-        return model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.float().flatten(0, 1)
 
 
 def _check_unchanged(model: PreTrainedModel, before: torch.Tensor, after: torch.Tensor) -> None:

@@ -10,10 +10,8 @@ from moeq_plugin.checkpoint.checks.findings import INCOMPLETE, Finding, Report
 from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.scheme_lookup import check_lookups
-from moeq_plugin.checkpoint.checks.source import check_source
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
-from moeq_plugin.checkpoint.checks.values import check_values
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
 from moeq_plugin.checkpoint.schemes import describe
@@ -45,6 +43,8 @@ def verify_checkpoint(
     layout = lay_out(open_checkpoint(path))
     findings = list(_findings(layout, target, tp))
     if source is not None and not any(found.check in INCOMPLETE for found in findings):
+        from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
+
         findings += check_source(layout, lay_out(open_checkpoint(source)))
     schemes = Counter(describe(layout.stored[linear.name]) for linear in layout.present())
     return Report(
@@ -59,6 +59,8 @@ def verify_checkpoint(
 
 
 def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
+    from moeq_plugin.checkpoint.checks.values import check_values  # loads torch
+
     yield from layout.checkpoint.problems
     if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
         return  # whatever else is missing or mixed follows from that

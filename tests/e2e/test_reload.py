@@ -90,6 +90,7 @@ def reloaded(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", RELOADABLE)
 def test_a_fresh_process_gets_the_same_weights(family, reloaded):
     result = reloaded[family]

@@ -45,7 +45,7 @@ def load_dequantized(directory: str | Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory)
     schemes = QuantizationConfig.model_validate(config.quantization_config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     linearize_moe(model)
     renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
     stored: dict[str, dict[str, torch.Tensor]] = {}
@@ -70,7 +70,8 @@ def load_dequantized(directory: str | Path) -> PreTrainedModel:
             f"{directory} does not fit its config: missing {sorted(missing)[:5]}, unexpected "
             f"{unexpected[:5]}, {len(missing)} and {len(unexpected)} in all"
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

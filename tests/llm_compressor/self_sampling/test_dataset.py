@@ -22,7 +22,7 @@ from moeq_plugin.files.sampled_set import SampledSetFile
 from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset, sample_set
 from moeq_plugin.models.self_sampling import SelfSampler
 
-TINY = Path(__file__).parents[2] / "examples" / "assets" / "tiny_moe"
+TINY = Path(__file__).parents[3] / "examples" / "assets" / "tiny_moe"
 
 
 def small(**changes):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_rwkv import SIZES, tiny_rwkv
 pytest.importorskip("llmcompressor")
 
 from llmcompressor.recipe import Recipe
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -204,6 +206,7 @@ def test_a_fallback_scheme_makes_a_plain_compressed_tensors_checkpoint(model, tm
     bits = {t: g["weights"]["num_bits"] for g in config["config_groups"].values()
             for t in g["targets"]}  # fmt: skip
     run = json.loads((tmp_path / "out" / "moeq_run.json").read_text())["runs"][0]
+    assert len(bits) == 26
     assert bits == {n: 3 if s["scalar"] else 4 for n, s in run["uniformity"].items()}
     assert not packed_modules(model)
 
@@ -232,14 +235,30 @@ def test_schemes_of_the_user_are_used(model):
     assert len(linears(model)) == 16
 
 
+def stored_bits(directory, names):
+    """Return the bits that the file holds of these modules, without the shapes of their weights."""
+    tensors = load_file(directory / "model.safetensors")
+    stored = {name: t for name, t in tensors.items() if not name.endswith(".weight_shape")}
+    return sum(8 * t.nbytes for name, t in stored.items() if name.rpartition(".")[0] in names)
+
+
 def test_the_record_names_scores_bits_and_every_weight(half):
-    (run,) = RunRecord.load(half[2])
-    assert len(run.linears) == 26 + 20
+    model, before, out = half
+    (run,) = RunRecord.load(out)
+    packed = packed_modules(model)
+    elementwise = {name for name, module in packed.items() if isinstance(module, CodebookScale)}
+    names = {r.name for r in run.linears}
+    assert len(run.linears) == len(names) == 26 + 20
+    assert names == set(linears(model)) | set(packed)
     assert {r.basis for r in run.linears} == {Basis.OWN}
     assert all(r.loss is not None and math.isfinite(r.loss) for r in run.linears)
-    assert set(run.uniformity) == {r.name for r in run.linears if r.name in run.uniformity}
+    assert run.uniformity == {
+        name: {**asdict(score_uniformity(before[f"{name}.weight"])), "scalar": name not in packed}
+        for name in names - elementwise
+    }
     assert run.kept == {"lm_head": "output embedding"}
-    assert 3 < run.bits_per_weight < 6
+    num_weights = sum(before[f"{name}.weight"].numel() for name in names)
+    assert run.bits_per_weight == pytest.approx(stored_bits(out, names) / num_weights)
 
 
 def test_the_recipe_decides_for_itself_again(half):

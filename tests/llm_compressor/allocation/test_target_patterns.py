@@ -51,5 +51,23 @@ def test_names_outside_of_numbered_layers_stay_names():
 
 def test_a_layer_of_one_scheme_needs_no_list_of_experts():
     names = [f"m.layers.3.mlp.experts.{e}.up_proj" for e in range(512)]
+
     (pattern,) = patterns({"A": names})["A"]
+
+    matches = re.compile(pattern.removeprefix("re:")).match
     assert len(pattern) < 100
+    assert all(matches(name) and matches(in_vllm(name)) for name in names)
+    other = ["m.layers.13.mlp.experts.0.up_proj", "m.layers.3.mlp.experts.0.down_proj"]
+    other += ["m.layers.3.mlp.shared_experts.up_proj", "m.layers.3.mlp.experts.0.up_proj.scale"]
+    assert not any(matches(name) for name in other)
+    assert patterns({"A": names[:2]})["A"] == [pattern], "the number of experts does not matter"
+
+
+def test_a_layer_of_two_schemes_lists_the_experts_of_each():
+    names = [f"m.layers.3.mlp.experts.{e}.up_proj" for e in range(12)]
+
+    found = patterns({"A": names[:11], "B": names[11:]})
+
+    for key, own in (("A", names[:11]), ("B", names[11:])):
+        (pattern,) = found[key]
+        assert [n for n in names if re.match(pattern.removeprefix("re:"), n)] == own

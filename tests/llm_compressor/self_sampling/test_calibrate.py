@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from moeq_plugin import EBSSConfig, MoEQuantModifier, ebss_dataset
 
-ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+ASSETS = Path(__file__).parents[3] / "examples" / "assets"
 SMALL = {"num_sequences": 6, "seq_len": 24, "tau": 0.3}
 
 
