@@ -9,6 +9,7 @@ is undone when the pass, the forward or the ``oneshot`` it belongs to ends, by a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+import tqdm
 from compressed_tensors.compressors.naive_quantized import base as naive_quantized
 from compressed_tensors.compressors.pack_quantized import base as pack_quantized
 from compressed_tensors.offload.cache import DistributedCPUCache
@@ -328,4 +330,24 @@ def without_pinning() -> Iterator[None]:
         yield
         return
     with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
+        yield
+
+
+# --- its progress bars ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Switch off progress bars and warnings of the libraries below, also bars asked for.
+
+    The command line shows a line of its own. The host asks for bars without a way to decline;
+    upstream would have to offer one.
+    """
+    original = tqdm.tqdm.__init__
+
+    def without_bar(bar: object, *args: Any, **kwargs: Any) -> None:
+        original(bar, *args, **{**kwargs, "disable": True})
+
+    with patch_attr(tqdm.tqdm, "__init__", without_bar), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers|torch")
         yield

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
+    disable_quantization,
+    enable_quantization,
 )
 from torch import nn
 
@@ -62,3 +67,20 @@ def describe(args: QuantizationArgs) -> str:
         is_float=args.type == QuantizationType.FLOAT,
         strategy=QuantizationStrategy(args.strategy).value,
     )
+
+
+@contextlib.contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """Run a model, or a part of it, on its weights as they are, schemes or not.
+
+    In the host's basic pipeline schemes are at work while it calibrates. Their scales are not
+    initialized then, so what would come out is whatever the memory held.
+    """
+    at_work = [m for m in model.modules() if getattr(m, "quantization_enabled", False)]
+    for module in at_work:
+        disable_quantization(module)
+    try:
+        yield
+    finally:
+        for module in at_work:
+            enable_quantization(module)

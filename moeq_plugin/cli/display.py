@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -31,7 +30,9 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
     """
     timed, console = Timed(phases), Console(stderr=True)
     _log_to(console)
-    with _no_other_bars(), ExitStack() as stack:
+    from moeq_plugin.integrations.llm_compressor.host import quiet
+
+    with quiet(), ExitStack() as stack:
         listener: Callable[[Progress], None]
         if jsonl:
             listener = partial(_print_json, timed)
@@ -120,25 +121,6 @@ class _Lines:
         if is_due or step.phase != self._phase or step.done == step.total:
             self._phase, self._last = step.phase, now
             typer.echo(text, err=True)
-
-
-@contextmanager
-def _no_other_bars() -> Iterator[None]:
-    """Switch off the progress bars of frameworks, also those that are asked for."""
-    import tqdm
-
-    original = tqdm.std.tqdm.__init__
-
-    def without_bar(bar: Any, *args: Any, **kwargs: Any) -> None:
-        original(bar, *args, **{**kwargs, "disable": True})
-
-    tqdm.std.tqdm.__init__ = without_bar
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="transformers|torch")
-            yield
-    finally:
-        tqdm.std.tqdm.__init__ = original
 
 
 def _log_to(console: Console) -> None:

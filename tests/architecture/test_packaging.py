@@ -11,7 +11,6 @@ SHARED_NAMES = {
     "preflight": "what is refused before any work: by every method, and by AWQ alone",
     "request": "what a recipe asks for, resolved and frozen: of a run, and of bits",
     "saving": "what a method adds to saving, beside what all of them do",
-    "schemes": "what a checkpoint's schemes are, and the checks on them",
 }
 
 

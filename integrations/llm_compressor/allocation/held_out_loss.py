@@ -10,11 +10,11 @@ from torch import nn
 from moeq_plugin.core.names import pool_of
 from moeq_plugin.core.sensitivity import quadratic_losses, smoothed_shares
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
 )
-from moeq_plugin.integrations.llm_compressor.solving import guard
 
 
 class LayerScores:

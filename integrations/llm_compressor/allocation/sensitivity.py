@@ -40,6 +40,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.target_linears import (
 from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import trial_rounding
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part, domains_of
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
@@ -51,7 +52,7 @@ from moeq_plugin.integrations.llm_compressor.host import (
     run_routed_tokens_only,
     undo_with_oneshot,
 )
-from moeq_plugin.integrations.llm_compressor.solving import Job, guard
+from moeq_plugin.integrations.llm_compressor.solving import Job
 from moeq_plugin.models.gradients import OutputGradients
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.models.scheme_units import unit_labels

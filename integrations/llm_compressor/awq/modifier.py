@@ -31,6 +31,7 @@ from moeq_plugin.integrations.llm_compressor.awq.mappings import (
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_mappings, check_request
 from moeq_plugin.integrations.llm_compressor.awq.unquantized import unquantized
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.host import (
@@ -40,7 +41,6 @@ from moeq_plugin.integrations.llm_compressor.host import (
     undo_with_oneshot,
     without_pinning,
 )
-from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.environment import run_facts, versions
 from moeq_plugin.records.run import Basis, RunRecord

@@ -20,6 +20,7 @@ from torch import nn
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
@@ -31,7 +32,7 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
     weight_args,
     weight_of,
 )
-from moeq_plugin.integrations.llm_compressor.solving import Job, guard, solve_stack, stacks, write
+from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord

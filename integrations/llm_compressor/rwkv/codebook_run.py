@@ -15,11 +15,11 @@ from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
-from moeq_plugin.integrations.llm_compressor.solving import guard
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 

@@ -82,20 +82,7 @@ def sample_set(
     starts = _token_ids(prompts, tokenizer)
     file = SampledSetFile(Path(path)) if path is not None else None
     special, end = _special_ids(model, tokenizer)
-    bar = tqdm(
-        total=config.num_sequences * config.seq_len,
-        unit="tok",
-        desc="EBSS",
-        disable=None if is_source_process() else True,
-    )
-    num_tokens = 0
-
-    def advance(tokens: int) -> None:
-        nonlocal num_tokens
-        num_tokens = min(num_tokens + tokens, bar.total)  # coverage may go on for longer
-        bar.update(tokens)
-        report_progress(Progress("sample", num_tokens, bar.total, "tokens"))
-
+    progress = _TokenProgress(config.num_sequences * config.seq_len)
     writer = _Writer(file)
     sampler = SelfSampler(
         model,
@@ -105,12 +92,12 @@ def sample_set(
         prompts=starts,
         max_cached_tokens=max_cached_tokens,
         on_finished=writer.write,
-        on_step=advance,
+        on_step=progress.advance,
     )
     if file is not None and is_source_process():
         known = file.begin(_manifest(model, config, starts))
         sampler.finished = {sequence.index: sequence for sequence in known}
-        advance(sum(len(sequence.input_ids) for sequence in known))
+        progress.advance(sum(len(sequence.input_ids) for sequence in known))
     try:
         sequences = sampler.run()
     except KeyboardInterrupt:
@@ -118,9 +105,26 @@ def sample_set(
         logger.warning(f"interrupted; {len(sampler.finished)} sequences are finished{kept}")
         raise
     finally:
-        bar.close()
+        progress.close()
     writer.complete()
     return _as_set(sequences, sampler.starved, tokenizer)
+
+
+class _TokenProgress:
+    """Shows how many tokens there are of those that are wanted: as a bar, and to listeners."""
+
+    def __init__(self, total: int) -> None:
+        self._done, self._total = 0, total
+        disable = None if is_source_process() else True
+        self._bar = tqdm(total=total, unit="tok", desc="EBSS", disable=disable)
+
+    def advance(self, tokens: int) -> None:
+        self._done = min(self._done + tokens, self._total)  # coverage may go on for longer
+        self._bar.update(tokens)
+        report_progress(Progress("sample", self._done, self._total, "tokens"))
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class _Writer:

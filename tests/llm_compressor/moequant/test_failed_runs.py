@@ -27,12 +27,12 @@ RECIPES = {
 }
 
 
-class DiskFull(Exception):
+class DiskFullError(Exception):
     """Stands for whatever goes wrong."""
 
 
 def raising(*_args, **_kwargs):
-    raise DiskFull
+    raise DiskFullError
 
 
 def host_state():
@@ -63,7 +63,7 @@ def test_a_run_that_raises_in_any_phase(phase, recipe, tmp_path, monkeypatch):
     fields = asked_for(modifier)
     monkeypatch.setattr(Run, phase, raising)
 
-    with pytest.raises(DiskFull):
+    with pytest.raises(DiskFullError):
         oneshot(model, modifier)
 
     assert host_state() == before

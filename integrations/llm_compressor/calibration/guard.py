@@ -1,0 +1,71 @@
+"""Second moments that no expert starves on: too few tokens of its own borrow from the layer."""
+
+from __future__ import annotations
+
+import torch
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch import nn
+
+from moeq_plugin.core.hessian import SecondMoments, shrink_toward
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    Observation,
+)
+from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
+from moeq_plugin.integrations.llm_compressor.schemes import unquantized
+from moeq_plugin.records.run import Basis
+
+
+def guard(
+    observation: Observation,
+    calibration: Calibration,
+    *,
+    min_effective_tokens: float | None,
+    shrinkage: float,
+) -> tuple[torch.Tensor, float, Basis]:
+    """Return a Hessian that does not starve the expert, its sum of weights and what it rests on.
+
+    Args:
+        observation: what the expert's own tokens gave.
+        calibration: holds the sample of the layer's tokens.
+        min_effective_tokens: threshold; ``None`` means the number of input features, below which
+            the second moments cannot have full rank.
+        shrinkage: see :func:`moeq_plugin.core.hessian.shrink_toward`.
+    """
+    moments, seat = observation.moments, observation.seat
+    threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
+    effective = moments.effective_tokens
+    is_fed = effective >= threshold or (effective > 0 and shrinkage == 0)
+    if seat is None or seat.expert is None or is_fed:
+        basis = Basis.OWN if effective > 0 else Basis.NONE
+        return moments.hessian, moments.weight_sum.item(), basis
+    sample = calibration.samples[seat.layer.experts]
+    of_layer = layer_moments(observation, seat.layer.expert(seat.expert), sample)
+    hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
+    if of_layer.effective_tokens == 0:
+        return hessian, 1.0, Basis.NONE
+    return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
+
+
+@torch.no_grad()
+def layer_moments(
+    observation: Observation, expert: nn.Module, sample: TokenSample
+) -> SecondMoments:
+    """Return the second moments that the layer's tokens would give this expert's linear.
+
+    For gate and up these are the sample's own; for down the sample is sent through the expert.
+    """
+    linear = observation.linears[0]
+    if linear is not expert.down_proj:
+        return sample.moments
+    inputs: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    try:
+        # these tokens are borrowed: nobody else observes them, and no scale may be at work yet
+        with HooksMixin.disable_hooks(), unquantized(expert):
+            expert(sample.rows)
+    finally:
+        handle.remove()
+    moments = SecondMoments.zeros(inputs[0].shape[-1], inputs[0].device)
+    moments.add(inputs[0])
+    return moments
