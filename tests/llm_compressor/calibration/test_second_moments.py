@@ -17,32 +17,35 @@ from moeq_plugin import MoEQuantModifier
 class Spy(MoEQuantModifier):
     """Keeps what was accumulated, and the experts' own arguments, before a layer is compressed."""
 
-    def on_calibration_start(self, state, event, **kwargs):
-        super().on_calibration_start(state, event, **kwargs)
-        self.__dict__["calls"] = {layer.name: [] for layer in self._layers}
+    def _begin_pass(self, state):
+        super()._begin_pass(state)
+        layers = self._start.layers
+        self.__dict__["calls"] = {layer.name: [] for layer in layers}
         self.__dict__["seen"] = {}
-        for layer in self._layers:
+        for layer in layers:
             calls = self.__dict__["calls"][layer.name]
             self.register_hook(
                 layer.experts, lambda _m, args, calls=calls: calls.append(args[:3]), "forward_pre"
             )
+        (run,) = self._phases
+        solve = run._host._solve
 
-    def compress_modules(self):
-        for observation in self._calibration.observations.values():
+        def note_and_solve():
+            self._note(run)
+            solve()
+
+        run._host._solve = note_and_solve
+
+    def _note(self, run):
+        for observation in run._calibration.observations.values():
             moments = deepcopy(observation.moments)
-            experts = {}
-            if observation.seat is not None:
-                layer = observation.seat.layer
-                expert = observation.seat.expert
+            experts, seat = {}, observation.seat
+            if seat is not None:
+                layer, expert = seat.layer, seat.expert
                 module = layer.shared_expert if expert is None else layer.expert(expert)
                 experts = {name: p.detach().clone() for name, p in module.state_dict().items()}
             for linear in observation.linears:
-                self.__dict__["seen"][self._module_names[linear]] = (
-                    moments,
-                    observation.seat,
-                    experts,
-                )
-        super().compress_modules()
+                self.__dict__["seen"][run._names[linear]] = (moments, seat, experts)
 
 
 def brute_force(inputs, weights):
