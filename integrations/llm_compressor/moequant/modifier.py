@@ -13,10 +13,8 @@ from moeq_plugin.integrations.llm_compressor import recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
-from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
-    SensitivityConfig,
-    SensitivityModifier,
-)
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
