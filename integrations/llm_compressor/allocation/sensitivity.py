@@ -126,7 +126,11 @@ class SensitivityModifier(FrozenFields):
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Measure gradients, then register the hooks that accumulate second moments."""
+        """Measure gradients, then register the hooks that accumulate second moments.
+
+        Raises:
+            ValueError: if a domain has too few sequences to halve, or no name.
+        """
         undo_with_oneshot(self._undo)
         self._undo.callback(self.remove_hooks)
         domains = Domains.of(_calibration_data(state), self.config.domain_names)
@@ -136,26 +140,7 @@ class SensitivityModifier(FrozenFields):
         row_weights = self._row_weights(state) if self.config.gradient else None
         watch = PaddingWatch(state)
         listen_to_batches(watch, self._undo)
-        self._measurement = Measurement(
-            self._choices,
-            Halves(
-                watch,
-                domains,
-                self._choices.names,
-                affinity_power=self.affinity_power,
-                weight_gate_proj=self.weight_gate_proj,
-                seed=self.seed,
-            ),
-            TrialRounding(
-                min_effective_tokens=self.min_effective_tokens,
-                shrinkage=self.shrinkage,
-                block_size=self.block_size,
-                dampening_frac=self.dampening_frac or 0.0,
-            ),
-            Interactions(self._layers if self.config.interactions else ()),
-            row_weights,
-            undercovered_tokens=self.config.undercovered_tokens,
-        )
+        self._measurement = self._new_measurement(watch, domains, row_weights)
         self._measurement.begin(state.model, self._layers, self.register_hook)
 
     def on_sequential_epoch_end(
@@ -168,6 +153,35 @@ class SensitivityModifier(FrozenFields):
         """Put the table together and remove hooks."""
         self._table = self._measurement.table()
         self._undo.close()
+
+    def _new_measurement(
+        self,
+        watch: PaddingWatch,
+        domains: Domains,
+        row_weights: Mapping[nn.Linear, torch.Tensor] | None,
+    ) -> Measurement:
+        halves = Halves(
+            watch,
+            domains,
+            self._choices.names,
+            affinity_power=self.affinity_power,
+            weight_gate_proj=self.weight_gate_proj,
+            seed=self.seed,
+        )
+        rounding = TrialRounding(
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+            block_size=self.block_size,
+            dampening_frac=self.dampening_frac or 0.0,
+        )
+        return Measurement(
+            self._choices,
+            halves,
+            rounding,
+            Interactions(self._layers if self.config.interactions else ()),
+            row_weights,
+            undercovered_tokens=self.config.undercovered_tokens,
+        )
 
     def _row_weights(self, state: State) -> dict[nn.Linear, torch.Tensor]:
         logger.info("sensitivity: one backward pass per calibration batch")
