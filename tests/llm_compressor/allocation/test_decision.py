@@ -16,7 +16,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.options import parse_opt
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.models.units import Target
+from moeq_plugin.models.scheme_units import Target
 
 OPTIONS = ("W2A16_G16", "W4A16_G16", "UNQUANTIZED")
 WHERE = {"targets": ["Linear"], "ignore": [], "weight_observer": None}

@@ -9,7 +9,7 @@ pytest.importorskip("llmcompressor")
 from moeq_plugin.core.allocation import BitBudget
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
-from moeq_plugin.models.units import Target
+from moeq_plugin.models.scheme_units import Target
 
 BUDGETS = {"bits_per_weight": 4.5, "size_gb": 1.0, "allocation": "moeq_allocation.json"}
 SCHEMES = {"scheme": "W4A16", "config_groups": {}}
