@@ -36,10 +36,8 @@ from moeq_plugin.core.allocation import BitBudget, InfeasibleBudgetError, alloca
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.core.sensitivity import SensitivityTable
 from moeq_plugin.integrations.llm_compressor.allocation.options import parse_options
-from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
-    SensitivityConfig,
-    SensitivityModifier,
-)
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.models.moe import find_moe_layers
 
 RESULT = Path(__file__).parent / "results" / "allocation.json"

@@ -17,7 +17,7 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import (
 )
 
 
-class LayerScores:
+class HeldOutLoss:
     """Judges rounded weights by one part of the calibration tokens.
 
     Args:
@@ -33,7 +33,7 @@ class LayerScores:
         self,
         calibration: Calibration,
         num_tokens: int,
-        names: Mapping[nn.Linear, str],
+        names: Mapping[nn.Module, str],
         row_weights: Mapping[nn.Linear, torch.Tensor] | None,
     ) -> None:
         self._calibration = calibration

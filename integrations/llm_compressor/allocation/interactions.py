@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -13,11 +12,52 @@ from torch import nn
 
 from moeq_plugin.core.correlation import accumulate_cross_terms, certificate, coactivation
 from moeq_plugin.core.sensitivity import LayerInteraction
+from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
 _ERROR_VALUES = 1 << 25  # held at once: 128 MiB in float32
+
+
+class Interactions:
+    """Measures, layer by layer, how errors of experts interact.
+
+    Args:
+        layers: the MoE layers to measure; none, to measure nothing.
+
+    Attributes:
+        linears: those whose weights at every option are needed for it.
+        found: by name of the layer.
+    """
+
+    def __init__(self, layers: Iterable[MoELayer]) -> None:
+        self._layers = list(layers)
+        self.linears = frozenset(m for layer in self._layers for m in expert_linears(layer))
+        self.found: dict[str, LayerInteraction] = {}
+
+    def measure(
+        self,
+        calibration: Calibration,
+        rounded: Mapping[nn.Linear, Sequence[torch.Tensor]],
+        row_weights: Mapping[nn.Linear, torch.Tensor] | None,
+    ) -> None:
+        """Measure the layers whose experts have been rounded.
+
+        Args:
+            calibration: holds samples of the tokens of the layer that has just run.
+            rounded: the weights of its experts' linears at every option, in one order.
+            row_weights: ``[out]`` sensitivities of each linear's outputs; ``None`` means 1.
+        """
+        for layer in self._layers:
+            output = layer.expert(0).down_proj
+            sample = calibration.samples.get(layer.experts)
+            if not isinstance(output, nn.Linear) or output not in rounded or sample is None:
+                continue  # another layer than the one that has just run
+            weights = None if row_weights is None else row_weights[output]
+            found = measure_interaction(layer, sample, rounded, weights)
+            if found is not None:
+                self.found[layer.name] = found
 
 
 @torch.no_grad()
@@ -91,7 +131,7 @@ def _computing_with(weights: Mapping[nn.Linear, torch.Tensor]) -> Iterator[None]
     assigned to its parameter is written over what it holds.
     """
 
-    def replace(linear: nn.Linear, args: tuple[torch.Tensor], _output: Any) -> torch.Tensor:
+    def replace(linear: nn.Linear, args: tuple[torch.Tensor], _output: object) -> torch.Tensor:
         return nn.functional.linear(args[0], weights[linear], linear.bias)
 
     handles = [linear.register_forward_hook(replace) for linear in weights]

@@ -63,8 +63,13 @@ class Option:
         return describe(args) if args is not None else UNQUANTIZED
 
     def for_targets(self, targets: list[str]) -> QuantizationScheme:
-        """Return the scheme for these targets."""
-        assert self.scheme is not None  # 16 bits are not asked for, they are what is left
+        """Return the scheme for these targets.
+
+        Raises:
+            ValueError: for 16 bits, which are what is left where no scheme is attached.
+        """
+        if self.scheme is None:
+            raise ValueError(f"{self.name} is no scheme: put {targets} into `ignore`")
         return self.scheme.model_copy(update={"targets": targets}, deep=True)
 
 

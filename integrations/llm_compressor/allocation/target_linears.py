@@ -8,7 +8,6 @@ from compressed_tensors.utils import match_named_modules
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor import preflight
-from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 from moeq_plugin.models.moe import MoELayer
 
 
@@ -32,26 +31,6 @@ def target_linears(
     if not found:
         raise ValueError(f"no linear is left to allocate bits to: targets {targets}")
     return found
-
-
-def check_fit(names: Mapping[nn.Linear, str], options: Iterable[Option]) -> None:
-    """Refuse linears that no option fits.
-
-    Raises:
-        ValueError: listing the first ten.
-    """
-    options = list(options)
-    homeless = [
-        f"  - {name} (columns={linear.weight.shape[1]})"
-        for linear, name in names.items()
-        if not any(option.fits(linear) for option in options)
-    ]
-    if homeless:
-        raise ValueError(
-            f"the group sizes of the options {[o.name for o in options]} divide the input columns "
-            f"of none of these {len(homeless)} linears. Add an option with a smaller group, such "
-            "as W4A16_G32, or put them into `ignore`:\n" + "\n".join(homeless[:10])
-        )
 
 
 def other_bytes(model: nn.Module, names: Mapping[nn.Linear, str]) -> int:

@@ -3,53 +3,115 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
-from moeq_plugin.integrations.llm_compressor.schemes import weight_args
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    Observation,
+)
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks
+from moeq_plugin.records.run import Basis
 
 
-def trial_rounding(
-    option: Option, jobs: list[Job], *, block_size: int, dampening_frac: float
-) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
-    """Yield what rounding to an option changes of each linear that it fits, ``[out, in]`` float32.
+@dataclass(frozen=True)
+class GuardedMoments:
+    """Linears that share second moments, which every option is tried with.
 
-    Args:
-        option: what to round to; not 16 bit.
-        jobs: the linears of a layer with their second moments.
+    Attributes:
+        linears: the linears.
+        hessian: ``[in, in]``, not starved; see :func:`guard`.
+        weight_sum: what to divide a loss by for a mean over tokens.
+        basis: what the second moments rest on.
+        effective_tokens: of the linears' own tokens.
+    """
+
+    linears: Sequence[nn.Linear]
+    hessian: torch.Tensor
+    weight_sum: float
+    basis: Basis
+    effective_tokens: float
+
+    def job(self, linears: list[nn.Linear], args: QuantizationArgs) -> Job:
+        """Return what is solved to round some of the linears to one scheme."""
+        return Job(linears, args, self.hessian, self.weight_sum, self.basis, self.effective_tokens)
+
+
+@dataclass(frozen=True)
+class TrialRounding:
+    """Rounds as MoEQuant does.
+
+    Attributes:
+        min_effective_tokens: as for quantization.
+        shrinkage: as for quantization.
         block_size: as for quantization.
         dampening_frac: as for quantization.
     """
-    fitting = [[linear for linear in job.linears if option.fits(linear)] for job in jobs]
-    with _attached([linear for linears in fitting for linear in linears], option):
-        of_option = [
-            replace(job, linears=linears, args=weight_args(linears[0]))
-            for job, linears in zip(jobs, fitting, strict=True)
-            if linears
-        ]
-        for stack in stacks(of_option, None):
-            rounded = solve_stack(stack, block_size=block_size, dampening_frac=dampening_frac)
-            for job, of_job in zip(stack, rounded, strict=True):
-                parts = of_job.weight.split([len(linear.weight) for linear in job.linears])
-                for linear, weight in zip(job.linears, parts, strict=True):
-                    yield linear, weight.float() - linear.weight.float()
+
+    min_effective_tokens: float | None
+    shrinkage: float
+    block_size: int
+    dampening_frac: float
+
+    def guarded(self, observation: Observation, calibration: Calibration) -> GuardedMoments:
+        """Return second moments that starve no expert.
+
+        Args:
+            observation: what the linears' own tokens gave.
+            calibration: holds the sample of the layer's tokens.
+        """
+        hessian, weight_sum, basis = guard(
+            observation,
+            calibration,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
+        effective_tokens = observation.moments.effective_tokens
+        return GuardedMoments(observation.linears, hessian, weight_sum, basis, effective_tokens)
+
+    def differences(
+        self, option: Option, moments: Sequence[GuardedMoments]
+    ) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+        """Yield what rounding changes of each linear that an option fits, ``[out, in]`` float32.
+
+        Args:
+            option: what to round to; nothing is yielded for 16 bits.
+            moments: of all linears of a layer.
+        """
+        if option.scheme is None:
+            return
+        fitting = [[linear for linear in of.linears if option.fits(linear)] for of in moments]
+        with _attached([linear for linears in fitting for linear in linears], option.scheme):
+            jobs = [
+                of.job(linears, option.scheme.weights)
+                for of, linears in zip(moments, fitting, strict=True)
+                if linears
+            ]
+            for stack in stacks(jobs, None):
+                rounded = solve_stack(
+                    stack, block_size=self.block_size, dampening_frac=self.dampening_frac
+                )
+                for job, of_job in zip(stack, rounded, strict=True):
+                    weights = of_job.weight.split([len(linear.weight) for linear in job.linears])
+                    for linear, weight in zip(job.linears, weights, strict=True):
+                        yield linear, weight.float() - linear.weight.float()
 
 
 @contextlib.contextmanager
-def _attached(linears: list[nn.Linear], option: Option) -> Iterator[None]:
+def _attached(linears: Sequence[nn.Linear], scheme: QuantizationScheme) -> Iterator[None]:
     """Attach a scheme and weight observers that have seen their weights, and take them off."""
-    for linear in linears:
-        linear.quantization_scheme = option.scheme
-        initialize_observer(linear, "weight")
-        observe(linear, "weight")
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as undo:
         for linear in linears:
-            del linear.quantization_scheme, linear.weight_observer
+            linear.quantization_scheme = scheme
+            undo.callback(delattr, linear, "quantization_scheme")
+            initialize_observer(linear, "weight")
+            undo.callback(delattr, linear, "weight_observer")
+            observe(linear, "weight")
+        yield

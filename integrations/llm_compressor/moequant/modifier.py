@@ -13,10 +13,8 @@ from moeq_plugin.integrations.llm_compressor import recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
-from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
-    SensitivityConfig,
-    SensitivityModifier,
-)
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
@@ -109,10 +107,17 @@ class MoEQuantModifier(RoutedModifier):
             self._attach(state)
         return True
 
-    def sensitivity_modifier(self, config: SensitivityConfig) -> SensitivityModifier:
-        """Return what measures for this modifier, rounding as it does."""
+    def sensitivity_modifier(self) -> SensitivityModifier:
+        """Return what measures for this modifier, rounding as it does.
+
+        Raises:
+            ValueError: if the sensitivities are in a file, so that there is nothing to measure.
+        """
+        if not isinstance(self.sensitivity, SensitivityConfig):
+            raise ValueError(f"the sensitivities are in {self.sensitivity}: nothing to measure")
         shared = set(SensitivityModifier.model_fields) & set(type(self).model_fields) - HOST_STATE
-        return SensitivityModifier(config=config, **{name: getattr(self, name) for name in shared})
+        asked = {name: getattr(self, name) for name in shared}
+        return SensitivityModifier(config=self.sensitivity, **asked)
 
     def _begin_pass(self, state: State) -> None:
         """Measure and choose where that has still to be done, then register hooks."""
@@ -120,7 +125,7 @@ class MoEQuantModifier(RoutedModifier):
             self._kept_state.begin(state.data.calib)
         if self._allocator is not None and not self._allocator.is_decided:
             table = self._kept_state.table if self._kept_state is not None else None
-            self._allocator.measure(self.sensitivity_modifier(self.sensitivity), state, table)
+            self._allocator.measure(self.sensitivity_modifier(), state, table)
             self._attach(state)
         super()._begin_pass(state)
 

@@ -120,15 +120,17 @@ class RoutedModifier(RoutedRecipe):
 
     def _new_record(self, request: Request, state: State) -> RunRecord:
         """Return the record of a run that has done nothing yet."""
+        calibration = "text that the model wrote itself"
+        if self._start.has_data:
+            num_batches = len(host.calibration_batches(state))
+            calibration = f"{num_batches} batches of the data given to oneshot"
         return RunRecord(
             modifier=request.modifier,
             settings=dict(request.settings),
             versions=versions(),
             kept=dict(request.kept),
             model=getattr(state.model, "name_or_path", ""),
-            calibration=f"{len(host.calibration_batches(state))} batches of the data given to oneshot"
-            if self._start.has_data
-            else "text that the model wrote itself",
+            calibration=calibration,
         )
 
     def _declare_data(self) -> None:

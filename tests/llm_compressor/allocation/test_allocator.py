@@ -16,10 +16,8 @@ from safetensors import safe_open
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.allocation import Allocation, BitBudget, InfeasibleBudgetError, allocate_bits
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
-    SensitivityConfig,
-    SensitivityModifier,
-)
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.models.moe import find_moe_layers
 
