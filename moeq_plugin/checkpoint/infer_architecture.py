@@ -13,18 +13,13 @@ from collections.abc import Iterator, Mapping
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.config import EXPERT_KEYS, Config
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
+from moeq_plugin.checkpoint.roles import role_of_linear
 from moeq_plugin.core.names import expert_of, layer_of, pool_of
 
+# 3 projections of the most experts that a known family may have
+_MAX_EXPERT_LINEARS = 3 << 17
+
 _Modules = Mapping[str, Mapping[str, StoredTensor]]
-_ROLES = (
-    (Role.EXPERT, (".experts.",)),
-    (Role.SHARED_GATE, (".shared_expert_gate",)),
-    (Role.SHARED, (".shared_expert",)),
-    (Role.ROUTER, (".mlp.gate", ".router", ".feed_forward.gate")),
-    (Role.ATTENTION, ("attn", "attention")),
-    (Role.HEAD, ("lm_head",)),
-    (Role.DENSE, (".mlp.", ".feed_forward.")),
-)
 
 
 def infer_architecture(config: Config, modules: _Modules) -> Architecture:
@@ -64,7 +59,7 @@ def _found(modules: _Modules) -> Iterator[Linear]:
     for name, shape in shapes.items():
         if shape:
             usual = common[pool_of(name)].most_common(1)[0][0]
-            yield Linear(name, usual, _role(name), layer_of(name), expert_of(name))
+            yield Linear(name, usual, role_of_linear(name), layer_of(name), expert_of(name))
 
 
 def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
@@ -79,19 +74,26 @@ def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
     return (shape[0], shape[1]) if len(shape) == 2 and all(shape) else None
 
 
-def _role(name: str) -> Role:
-    return next((role for role, parts in _ROLES if any(p in name for p in parts)), Role.OTHER)
-
-
 def _absent_experts(linears: Mapping[str, Linear], num_experts: int) -> dict[str, Linear]:
-    """Return the experts that a layer would have if it were like its others."""
+    """Return the experts that a layer would have if it were like its others.
+
+    Raises:
+        ValueError: if these are more than any model has.
+    """
+    pools: dict[str, Linear] = {}
+    for linear in linears.values():
+        if linear.expert is not None:
+            pools.setdefault(pool_of(linear.name), linear)
+    if len(pools) * num_experts > _MAX_EXPERT_LINEARS:
+        raise ValueError(
+            f"config.json: {num_experts} experts with {len(pools)} kinds of linears are more than "
+            f"{_MAX_EXPERT_LINEARS} linears"
+        )
     absent = {}
-    for linear in list(linears.values()):
-        if linear.expert is None:
-            continue
-        before, after = linear.name.split(f".experts.{linear.expert}.", 1)
+    for pool, linear in pools.items():
+        before, _, after = pool.rpartition(".experts.*.")
         for expert in range(num_experts):
             name = f"{before}.experts.{expert}.{after}"
-            if name not in linears and name not in absent:
+            if name not in linears:
                 absent[name] = Linear(name, linear.shape, linear.role, linear.layer, expert)
     return absent

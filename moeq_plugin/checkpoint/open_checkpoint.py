@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,8 @@ from moeq_plugin.checkpoint.headers import (
     data_end,
     read_header,
     read_json,
-    shards_of,
 )
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from moeq_plugin.checkpoint.weight_files import INDEX, SINGLE, index_of, unread_files, weight_files
 
 
 @dataclass(frozen=True)
@@ -58,31 +56,42 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             **read_json(directory / "quantize_config.json"),
         }
     opened = Checkpoint(directory, config)
-    index_path = directory / _INDEX
-    if index_path.exists():
-        opened.problems.extend(_read_indexed(opened, index_path))
+    if (directory / INDEX).exists():
+        opened.problems.extend(_read_indexed(opened))
     else:
-        single = directory / _SINGLE
-        paths = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        paths = weight_files(directory)
         if not paths:
             raise UnreadableFileError(f"{directory} holds no safetensors file")
         for path in paths:
             opened.problems.extend(_read_shard(opened, path))
+        opened.problems.extend(_unread(directory))
     return opened
 
 
-def _read_indexed(opened: Checkpoint, index_path: Path) -> Iterator[Finding]:
+def _unread(directory: Path) -> Iterator[Finding]:
+    """Say which files one of the readers would read and another would not."""
+    with_index = (directory / INDEX).exists()
+    for path in unread_files(directory):
+        if not with_index:
+            what = f"not read beside {SINGLE}, except by vLLM, which reads both without an index"
+        elif path.name == SINGLE:
+            what = f"{INDEX} does not name it, and transformers reads it in place of what it names"
+        else:
+            what = f"{INDEX} does not name it: left over from something else"
+        yield error("stale-file", path.name, what)
+
+
+def _read_indexed(opened: Checkpoint) -> Iterator[Finding]:
     try:
-        shards = shards_of(read_json(index_path), index_path)
+        shards = index_of(opened.directory)
     except UnreadableFileError as cause:
-        yield error("bad-index", index_path.name, str(cause))
+        yield error("bad-index", INDEX, str(cause))
         for path in sorted(opened.directory.glob("*.safetensors")):
             yield from _read_shard(opened, path)
         return
     readable = set()
-    for file in sorted(set(shards.values())):
+    for file, named in sorted(Counter(shards.values()).items()):
         if not (opened.directory / file).is_file():
-            named = sum(shard == file for shard in shards.values())
             yield error("missing-shard", file, f"not there; the index puts {named} tensors into it")
             continue
         problems = list(_read_shard(opened, opened.directory / file))
@@ -93,6 +102,7 @@ def _read_indexed(opened: Checkpoint, index_path: Path) -> Iterator[Finding]:
         tensor = opened.tensors.get(name)
         if file in readable and (tensor is None or tensor.path.name != file):
             yield error("index-names-absent-tensor", name, f"not in {file}, where the index has it")
+    yield from _unread(opened.directory)
     for name in opened.tensors.keys() - shards.keys():
         yield error("not-in-index", name, f"{opened.tensors[name].path.name} holds it")
 

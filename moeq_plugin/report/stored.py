@@ -18,6 +18,7 @@ from moeq_plugin.checkpoint.headers import (
     read_bytes,
     read_header,
 )
+from moeq_plugin.checkpoint.weight_files import weight_files
 
 _OF_WEIGHT = "weight_"  # what is stored beside or instead of a weight: weight_scale and so on
 
@@ -50,13 +51,13 @@ class Stored:
 
 
 def read_stored(directory: Path) -> Stored | None:
-    """Add up the safetensors files of a directory; ``None`` if there are none.
+    """Add up the files of weights of a directory; ``None`` if there are none.
 
     Raises:
         ValueError: if a file is not a safetensors file.
     """
     modules: dict[str, dict[str, StoredTensor]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         for tensor in _tensors(path):
             module, _, name = tensor.name.rpartition(".")
             modules.setdefault(module, {})[name] = tensor

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from moeq_plugin.checkpoint.headers import read_json
+from moeq_plugin.checkpoint.weight_files import INDEX
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
 from moeq_plugin.integrations.hf.gptq import tensors as stored_linears
 from moeq_plugin.integrations.hf.gptq.config import GPTQFormat
 from moeq_plugin.integrations.hf.gptq.files import (
-    INDEX,
     ShardWriter,
     WeightFiles,
     new_directory,

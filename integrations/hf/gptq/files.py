@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moeq_plugin.checkpoint.headers import StoredTensor, read_header
+from moeq_plugin.checkpoint.weight_files import INDEX, weight_files
 from moeq_plugin.files.atomic import staged
-
-INDEX = "model.safetensors.index.json"
 
 
 class WeightFiles:
@@ -29,7 +28,7 @@ class WeightFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.files = sorted(directory.glob("*.safetensors"))
+        self.files = weight_files(directory)
         if not self.files:
             raise ValueError(f"{directory} holds no *.safetensors file; expected a checkpoint")
         stored = [tensor for path in self.files for tensor in sorted(read_header(path), key=_name)]

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
+from moeq_plugin.checkpoint.weight_files import weight_files
 from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     linearized_rules,
     loading_rules,
@@ -75,7 +76,7 @@ def load_dequantized(directory: str | Path) -> PreTrainedModel:
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield key, file.get_tensor(key)

@@ -40,6 +40,7 @@ CHECKS = {
     "index-names-absent-tensor": "save the model again: the index and the shards differ in origin",
     "not-in-index": "save the model again: readers may skip tensors that the index does not name",
     "duplicate-tensor": "delete the file that does not belong to this checkpoint",
+    "stale-file": "delete the file: readers differ about which of the files they read",
     "missing-tensor": "save the model again; readers would leave random numbers in its place",
     "missing-expert": "save the model again; readers would leave random numbers in its place",
     "missing-router": "save the model again; without a router no expert is chosen",
@@ -75,6 +76,9 @@ CHECKS = {
     "far-from-source": "check that this is the source; quantize again if it is",
     "not-comparable": "give the model that this was quantized from; weights that a rotation or "
     "smoothing changed cannot be compared one by one",
+    "not-compared": "compare what the two compute: moeq eval SOURCE CHECKPOINT --text FILE",
+    "not-in-checkpoint": "save the model again with all its parts, or copy these tensors from the "
+    "source",
     "generation": "look at the other findings, and at the 16-bit model on the same prompt",
 }
 # with one of these a file could not be read as it stands: exit code 2

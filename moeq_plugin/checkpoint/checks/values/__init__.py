@@ -10,8 +10,9 @@ import torch
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
 from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
+from moeq_plugin.checkpoint.checks.values.readable import is_readable
 from moeq_plugin.checkpoint.codes import blocks, can_read, pieces, read_tensor
-from moeq_plugin.checkpoint.formats import FLOATS, num_groups, tensors_of
+from moeq_plugin.checkpoint.formats import FLOATS, num_groups
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.reader_names import in_file
@@ -33,19 +34,6 @@ def check_values(layout: Layout) -> Iterator[Finding]:
         if scheme and not scheme.is_float and is_readable(layout, linear):
             yield from _check_codes(layout, linear, scheme)
     yield from _duplicate_experts(layout)
-
-
-def is_readable(layout: Layout, linear: Linear) -> bool:
-    """Tell whether a weight's tensors are all there in the shapes that its format asks for."""
-    found, scheme = layout.modules[linear.name], layout.stored[linear.name]
-    expected = tensors_of(scheme, linear.shape)
-    return expected is not None and all(
-        (suffix in found and can_read(found[suffix]))
-        and found[suffix].shape == wanted.shape
-        and found[suffix].dtype in wanted.dtypes
-        for suffix, wanted in expected.items()
-        if not wanted.is_optional or suffix in found
-    )
 
 
 @dataclass

@@ -1,0 +1,101 @@
+"""Is what happened to a weight rounding? Limits that no sound quantizer was seen to reach.
+
+Measured on 120 sound checkpoints of trained and random models: GPTQ, AWQ, MSE and min-max grids, 2
+to 8 bits, groups of 16 to a whole row, experts that no token reaches. Beside each limit: the most
+that was seen. A slice's slope scatters with the rounding errors in it, so limits are so many of
+its standard errors beyond what clipping may take from all weights alike.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moeq_plugin.checkpoint.checks.source.rounding import Rounding, Slices
+
+_SLOPE = 0.02  # beside the square of the predicted error; 0.11 of 0.17 at 2 bits, 0.03 of 0.05 at 3
+_OFFSET, _ROW_OFFSET = 0.25, 0.4  # in steps of the grid; 0.07, and 0.67 of 0.77 in one row
+_EXCESS, _ROW_EXCESS = 5.0, 10.0  # 2.3 and 3.7; 3.5 was met once
+_UNRELATED = 0.25  # cosine; 0.65 at 2 bits
+# standard errors: of rows, of columns, whose errors are far from even, and of many single groups
+_SCATTER = {"rows": 7.0, "columns": 12.0, "groups of columns": 6.0, "groups": 8.0}
+_DEAD, _ALIVE = 1e-8, 1e-6  # squares, of a slice in itself and of a slice in the mean of all
+
+
+def is_unrelated(rounding: Rounding) -> bool:
+    """Tell whether a weight has nothing to do with its original."""
+    whole = rounding.whole()
+    return float(whole.ww) > 0 and not float(whole.cosine()) > _UNRELATED
+
+
+def damage(rounding: Rounding, *, is_rescaled: bool = False) -> str | None:
+    """Return what rounding cannot have done to a weight, ``None`` if it may all be rounding.
+
+    Args:
+        rounding: what was done.
+        is_rescaled: whether the original was fitted to the weight, so that slopes say nothing of
+            the whole and its columns.
+    """
+    whole, rows = rounding.whole(), rounding.rows()
+    if not float(whole.ww):
+        return "the source's weight is zero, this one is not" if float(whole.qq) else None
+    excess, predicted = float(whole.excess()), float(whole.predicted())
+    clipped = _SLOPE + predicted**2 + (0.1 if is_rescaled else 0.0)
+    slope, offset = float(whole.slope()), float(whole.mean_offset())
+    if is_unrelated(rounding):
+        return f"its cosine with the source's is {float(whole.cosine()):.2f}"
+    dead = _num_dead(rows)
+    if dead:
+        return f"{dead} of {len(rows.ww)} rows are zero, and not in the source"
+    dead = _num_dead(rounding.columns)
+    if dead > 0.02 * len(rounding.columns.ww):  # GPTQ zeroes columns whose input is always zero
+        return f"{dead} of {len(rounding.columns.ww)} columns are zero, and not in the source"
+    if not is_rescaled and not abs(slope - 1) <= clipped:
+        return f"it is {slope:.3g} times the source's, at most {clipped:.2g} off 1 is rounding"
+    if not abs(offset) <= _OFFSET:
+        return f"it is {offset:+.2f} steps of its grid off the source's: zero points?"
+    if not excess <= _EXCESS:
+        return f"its error is {excess:.1f} times what its grid explains, at most {_EXCESS:.0f} is"
+    if not float(rows.excess().max()) <= _ROW_EXCESS:
+        worst = int(rows.excess().argmax())
+        return f"the error of row {worst} is {float(rows.excess()[worst]):.1f} times its grid's"
+    return _uneven(rounding, clipped, min(excess, 3.0), is_rescaled)
+
+
+def _uneven(rounding: Rounding, clipped: float, excess: float, is_rescaled: bool) -> str | None:
+    slices = {
+        "rows": rounding.rows(),
+        "columns": rounding.columns,
+        "groups of columns": rounding.runs(),
+        "groups": rounding.groups,
+    }
+    if is_rescaled:
+        del slices["columns"]
+    for name, parts in slices.items():
+        scatter = _SCATTER[name] * max(excess, 1.0)
+        alive = parts.ww > _ALIVE * parts.ww.mean()
+        beyond = alive & ~((parts.slope() - 1).abs() <= clipped + scatter * _slope_error(parts))
+        if bool(beyond.any()):
+            furthest = float((parts.slope() - 1)[beyond].abs().max())
+            return f"{int(beyond.sum())} {name} are up to {furthest:.0%} off the source's"
+        if name == "columns":
+            continue
+        limit = _ROW_OFFSET + scatter / (12 * parts.count).sqrt()
+        beyond = ~(parts.mean_offset().abs() <= limit)
+        if bool(beyond.any()):
+            return (
+                f"{int(beyond.sum())} {name} are up to "
+                f"{float(parts.mean_offset()[beyond].abs().max()):.2f} steps of the grid off: "
+                "zero points?"
+            )
+    return None
+
+
+def _slope_error(parts: Slices) -> torch.Tensor:
+    """Return the standard error of slopes where weights are rounded to nearest."""
+    return (parts.grid / parts.count).sqrt() / parts.ww.sqrt().clamp_min(1e-30)
+
+
+def _num_dead(parts: Slices) -> int:
+    """Count slices that are zero, and not in the source."""
+    alive = parts.ww > _ALIVE * parts.ww.mean()
+    return int((alive & (parts.qq <= _DEAD * parts.ww)).sum())
