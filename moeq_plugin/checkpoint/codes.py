@@ -93,7 +93,7 @@ def blocks(
     middle = 1 << (scheme.num_bits - 1)  # codes are stored with this added, zero points too
     zeros = torch.full_like(scales, middle, dtype=torch.int32)
     is_packed = scheme.form == "pack-quantized"
-    if "weight_zero_point" in found:
+    if "weight_zero_point" in found and not scheme.symmetric:
         stored = read_tensor(found["weight_zero_point"])
         zeros = unpack(stored.T, scheme.num_bits, rows).T if is_packed else stored.int() + middle
         zeros = zeros.expand_as(scales)

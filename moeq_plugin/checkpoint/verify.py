@@ -6,12 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from moeq_plugin.checkpoint.checks.config_changes import check_config_changes
+from moeq_plugin.checkpoint.checks.config_values import check_config_values
+from moeq_plugin.checkpoint.checks.file_changes import check_file_changes
 from moeq_plugin.checkpoint.checks.findings import INCOMPLETE, Finding, Report
+from moeq_plugin.checkpoint.checks.gptq_config import check_gptq_config
 from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
+from moeq_plugin.checkpoint.checks.names import check_names
+from moeq_plugin.checkpoint.checks.quantization_section import check_quantization_section
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.scheme_lookup import check_lookups
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
+from moeq_plugin.checkpoint.checks.tokenizer import check_tokenizer
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
 from moeq_plugin.checkpoint.schemes import describe
@@ -43,9 +50,7 @@ def verify_checkpoint(
     layout = lay_out(open_checkpoint(path))
     findings = list(_findings(layout, target, tp))
     if source is not None and not any(found.check in INCOMPLETE for found in findings):
-        from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
-
-        findings += check_source(layout, lay_out(open_checkpoint(source)))
+        findings += _against_source(layout, lay_out(open_checkpoint(source)))
     schemes = Counter(describe(layout.stored[linear.name]) for linear in layout.present())
     return Report(
         checkpoint=str(path),
@@ -64,10 +69,30 @@ def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
     yield from layout.checkpoint.problems
     if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
         return  # whatever else is missing or mixed follows from that
+    checkpoint = layout.checkpoint
+    yield from check_config_values(checkpoint.config)
+    yield from check_quantization_section(layout)
+    yield from check_gptq_config(checkpoint.directory, checkpoint.config)
+    yield from check_names(layout)
     yield from check_structure(layout)
     yield from check_lookups(layout, target)
     yield from check_mixed_schemes(layout, target)
     yield from check_transformers(layout, target)
     yield from check_vllm(layout, target)
     yield from check_parallel(layout.architecture, layout.stored, tp)
+    yield from check_tokenizer(layout)
     yield from check_values(layout)
+
+
+def _against_source(layout: Layout, source: Layout) -> Iterator[Finding]:
+    from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
+    from moeq_plugin.checkpoint.checks.source.recipe import read_rewrites
+
+    here, there = layout.checkpoint, source.checkpoint
+    rewrites = read_rewrites(here.directory)
+    changed = {"experts"} if rewrites.pruned_experts else set()
+    if "lm_head" in layout.modules:
+        changed.add("ties")
+    yield from check_config_changes(here.config, there.config, changed)
+    yield from check_file_changes(here.directory, there.directory)
+    yield from check_source(layout, source)

@@ -50,7 +50,8 @@ def check_source(layout: Layout, source: Layout) -> Iterator[Finding]:
         )
     else:
         yield from _findings(layout, known, originals)
-    yield from check_others(layout, originals, rewrites)
+    wrong = {verdict.linear.name for verdict in known if verdict.what}
+    yield from check_others(layout, originals, rewrites, wrong)
 
 
 def _said(rewrites: Rewrites) -> Finding:

@@ -96,9 +96,7 @@ class Originals:
         module = canonical(plain_name(name)).removesuffix(".weight").removesuffix("_bias")
         return module.endswith(tuple(stack for pair in _STACKS for stack in pair))
 
-    def _of_stack(
-        self, name: str, shape: tuple[int, int], expert: int
-    ) -> Iterator[torch.Tensor]:
+    def _of_stack(self, name: str, shape: tuple[int, int], expert: int) -> Iterator[torch.Tensor]:
         found = of_expert(name)
         if found is None:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
 from moeq_plugin.checkpoint.checks.source.originals import Originals, plain_name
@@ -19,19 +19,22 @@ _WRITERS = ("o_proj.bias", "down_proj.bias")  # are turned like the residual str
 _BUFFERS = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
-def check_others(layout: Layout, originals: Originals, rewrites: Rewrites) -> Iterator[Finding]:
+def check_others(
+    layout: Layout, originals: Originals, rewrites: Rewrites, wrong: Collection[str]
+) -> Iterator[Finding]:
     """Yield tensors beside quantized linears that are not the source's, or not there.
 
     Args:
         layout: the checkpoint.
         originals: of the source.
         rewrites: what may have been changed on purpose.
+        wrong: linears of which something has been said; their biases went with them.
     """
     for module, tensors in layout.modules.items():
         for suffix, tensor in tensors.items():
             is_of_linear = module in layout.stored and suffix != "bias"
             name = f"{module}.{suffix}" if suffix else module
-            if is_of_linear or _is_rewritten(name, rewrites):
+            if is_of_linear or module in wrong or _is_rewritten(name, rewrites):
                 continue
             what = _difference(plain_name(name), plain_name(module), suffix, tensor, originals)
             if what:

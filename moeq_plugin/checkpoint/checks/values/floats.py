@@ -1,0 +1,111 @@
+"""Are the numbers in floats sane: finite, of a size that weights have, not all alike, not dead?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
+from moeq_plugin.checkpoint.codes import pieces, read_tensor
+from moeq_plugin.checkpoint.headers import StoredTensor
+
+SCALES = ("weight_scale", "scales")
+_OUTLIER = 1e4  # times the median scale of the weight
+_SCALE_RANGE = (1e-12, 1e4)  # of the median
+_LARGEST, _SMALLEST = 1e8, 1e-20  # of any weight, of the largest one of a tensor
+_DEAD_SHARE = 1 / 8  # of rows or columns; vocabularies are padded with fewer
+_DEAD = 1e-6  # beside the median row
+_MIN_ROWS = 8  # fewer may well be zero
+# norms that add 1 to what is stored begin at 0
+_CENTERED_AT_ZERO = ("gemma", "qwen3_next", "qwen3_5")
+
+
+def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
+    """Yield what is wrong with a tensor of floats.
+
+    Args:
+        tensor: a whole one.
+        family: the config's model type.
+    """
+    found = _Sizes()
+    for part in pieces(tensor):
+        found.add(part.float())
+    if not found.is_finite:
+        yield error("non-finite", tensor.name, "NaN or infinity")
+        return
+    suffix = tensor.name.rpartition(".")[2]
+    if suffix in SCALES:
+        yield from _check_scales(tensor, found)
+        return
+    largest = max(abs(found.low), abs(found.high)) if found.rows else 0.0
+    if largest > _LARGEST or 0 < largest < _SMALLEST:
+        yield error("magnitude", tensor.name, f"the largest element is {largest:.3g}")
+    elif len(tensor.shape) >= 2 and found.low == found.high:
+        check = "zeroed" if found.low == 0 else "constant"
+        yield error(check, tensor.name, f"every element is {found.low:.4g}")
+    elif len(tensor.shape) == 2 and suffix == "weight":
+        yield from found.dead(tensor)
+    elif len(tensor.shape) == 3 and ".experts." in tensor.name:
+        zero = (torch.cat(found.rows) == 0).nonzero().flatten().tolist()
+        if zero:
+            yield error("zeroed", tensor.name, f"every element of experts {zero[:5]} is 0")
+    elif _is_norm(tensor.name) and not family.startswith(_CENTERED_AT_ZERO):
+        zeros = int((read_tensor(tensor) == 0).sum())
+        if zeros > tensor.shape[0] * _DEAD_SHARE:
+            yield error("zeroed", tensor.name, f"{zeros} of {tensor.shape[0]} elements are zero")
+
+
+def _check_scales(tensor: StoredTensor, found: _Sizes) -> Iterator[Finding]:
+    if found.low <= 0:
+        yield error("scale-not-positive", tensor.name, f"smallest scale {found.low:.4g}")
+        return
+    median = float(read_tensor(tensor).float().median())
+    if not _SCALE_RANGE[0] <= median <= _SCALE_RANGE[1] or found.high > _LARGEST:
+        what = f"median {median:.4g}, largest {found.high:.4g}: no weight has such scales"
+        yield error("magnitude", tensor.name, what)
+    elif len(tensor.shape) == 2 and found.high > _OUTLIER * median:
+        what = f"largest {found.high:.4g}, median {median:.4g}"
+        yield warning("scale-outlier", tensor.name, what)
+
+
+def _is_norm(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] == "weight" and len(parts) > 1 and "norm" in parts[-2]
+
+
+class _Sizes:
+    """What is known of a tensor after some of its parts along the first dimension."""
+
+    def __init__(self) -> None:
+        self.low, self.high = float("inf"), float("-inf")
+        self.is_finite = True
+        self.rows: list[torch.Tensor] = []  # the largest element of each row
+        self.columns: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        if not part.numel():
+            return
+        self.is_finite &= bool(part.isfinite().all())
+        self.low = min(self.low, float(part.min()))
+        self.high = max(self.high, float(part.max()))
+        sizes = part.abs()
+        self.rows.append(sizes.flatten(1).amax(1) if part.ndim > 1 else sizes)
+        columns = sizes.amax(0)
+        self.columns = columns if self.columns is None else torch.maximum(self.columns, columns)
+
+    def dead(self, tensor: StoredTensor) -> Iterator[Finding]:
+        """Yield whether many rows or columns are nothing beside the others."""
+        assert self.columns is not None
+        for name, sizes in (("rows", torch.cat(self.rows)), ("columns", self.columns.flatten())):
+            what = dead_share(sizes, name)
+            if what:
+                yield error("dead-rows", tensor.name, what)
+
+
+def dead_share(sizes: torch.Tensor, name: str) -> str | None:
+    """Return that many rows or columns are zero, by the largest element of each."""
+    dead = int((sizes <= _DEAD * sizes[sizes > 0].median()).sum()) if bool(sizes.any()) else 0
+    if len(sizes) < _MIN_ROWS or dead < _DEAD_SHARE * len(sizes):
+        return None
+    return f"{dead} of {len(sizes)} {name} are zero"
