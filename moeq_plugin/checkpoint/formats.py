@@ -99,6 +99,8 @@ def stored_scheme(
     """
     columns = shape[1]
     base = declared or Scheme(form="unknown", num_bits=0)
+    if declared and _is_transposed(found, shape, declared):
+        return declared  # one thing is wrong, not all that its shape would mean
     if "qweight" in found:
         rows = found["qweight"].shape[:1]
         scales = found["scales"].shape[:1] if "scales" in found else ()
@@ -127,6 +129,19 @@ def stored_scheme(
     if scheme.strategy in {"tensor", "block"} or "weight_scale" not in found:
         return scheme
     return _grouped(scheme, found["weight_scale"].shape[1:], columns)
+
+
+def _is_transposed(
+    found: Mapping[str, StoredTensor], shape: tuple[int, int], declared: Scheme
+) -> bool:
+    """Tell whether a tensor is the other way round, and the others are as the config has them."""
+    expected = tensors_of(declared, shape) or {}
+    wrong = [
+        (found[suffix].shape, wanted.shape)
+        for suffix, wanted in expected.items()
+        if suffix in found and found[suffix].shape != wanted.shape
+    ]
+    return bool(wrong) and all(one == other[::-1] for one, other in wrong)
 
 
 def is_old_packing(packed_columns: int, num_bits: int, columns: int) -> bool:

@@ -16,7 +16,7 @@ def role_of_linear(name: str) -> Role:
     """Return the role of a linear of any family.
 
     Example:
-        >>> role_of_linear("model.layers.0.mlp.gate"), role_of_linear("model.layers.0.mlp.gate_proj")
+        >>> role_of_linear("layers.0.mlp.gate"), role_of_linear("layers.0.mlp.gate_proj")
         (<Role.ROUTER: 'router'>, <Role.DENSE: 'dense MLP'>)
     """
     parts = name.split(".")

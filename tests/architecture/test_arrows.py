@@ -46,7 +46,7 @@ RULES: dict[str, Rule] = {
     "core/names": Rule(),
     "models": Rule(words("torch"), words("core")),
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
-    # a checkpoint is judged by its headers; only these three modules look at what tensors hold
+    # a checkpoint is judged by its headers; only these look at what tensors hold
     "checkpoint": Rule(rooms=words("checkpoint"), pure_rooms=words("core")),
     "checkpoint/codes": TENSORS,
     "checkpoint/checks/source": TENSORS,
@@ -60,6 +60,10 @@ RULES: dict[str, Rule] = {
     # saving a checkpoint writes its model card
     LLM_COMPRESSOR: Rule(
         HOST | words("datasets safetensors tqdm"), OURS_BELOW | {LLM_COMPRESSOR, "report"}
+    ),
+    # which files of a directory hold the weights is for the checkpoint's reader to say
+    f"{LLM_COMPRESSOR}/checkpoint/loading": Rule(
+        HOST | words("safetensors"), OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}
     ),
     f"{LLM_COMPRESSOR}/rwkv": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "rwkv"}),
     # transformers quantizes while loading by running llm-compressor: this entry point leads to that

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moeq_plugin.checkpoint.checks.gptq_config import differences
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.weight_files import INDEX
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
@@ -155,8 +156,12 @@ def _section(source: Path, config: dict[str, Any], to: str) -> dict[str, Any]:
         ValueError: if it says nothing, or nothing that can be converted.
     """
     section: dict[str, Any] | None = config.get("quantization_config")
-    if section is None and (source / QUANTIZE_CONFIG).is_file():
-        section = read_json(source / QUANTIZE_CONFIG)
+    other = read_json(source / QUANTIZE_CONFIG) if (source / QUANTIZE_CONFIG).is_file() else None
+    if section is None:
+        section = other
+    elif other is not None and section.get("quant_method") == "gptq":
+        for key, what in differences(section, other):
+            raise ValueError(f"{QUANTIZE_CONFIG} says another {key}: {what}; which is right?")
     if section is None:
         raise ValueError(f"{source} is not quantized: its config.json has no quantization_config")
     method = section.get("quant_method", "gptq")

@@ -29,7 +29,7 @@ _IGNORED = {
     "qk_head_dim", "default_theta", "partial_rotary_factor",
 }  # fmt: skip
 _EXPERTS, _ROPE = "number of experts", "rope_parameters"
-_SAME_AS_ABSENT = (None, False, 0, 1, "", [], {})
+_SAME_AS_ABSENT: tuple[Any, ...] = (None, False, 0, 1, "", [], {})
 _ROPE_ALWAYS = ("rope_theta", "rope_type", "factor")
 
 

@@ -1,4 +1,4 @@
-"""Find in the source what a weight of the checkpoint was quantized from, however it is stored there.
+"""Find what a weight of the checkpoint was quantized from, however the source stores it.
 
 Sources hold experts one by one, or all of a layer in one tensor, in one of several orders.
 """
@@ -40,7 +40,7 @@ class Originals:
 
     Args:
         source: the 16-bit model.
-        experts: for (layer, expert) of the checkpoint the source's expert, where pruning renumbered.
+        experts: for (layer, expert) of the checkpoint the source's, where pruning renumbered.
 
     Attributes:
         source: as given.
@@ -58,7 +58,7 @@ class Originals:
         object.__setattr__(self, "modules", named)
 
     def candidates(self, linear: Linear, expert: int | None = None) -> Iterator[torch.Tensor]:
-        """Yield what the source may mean by a linear, in float32; several where shapes leave it open.
+        """Yield what a linear may be in the source, in float32; several where shapes leave it open.
 
         Args:
             linear: of the checkpoint.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeq_plugin.checkpoint.checks.findings import Finding
-from moeq_plugin.checkpoint.checks.values.codes import check_codes
+from moeq_plugin.checkpoint.checks.values.code_statistics import check_codes
 from moeq_plugin.checkpoint.checks.values.copies import check_copies
 from moeq_plugin.checkpoint.checks.values.floats import check_floats
 from moeq_plugin.checkpoint.checks.values.gptq_tensors import check_gptq_tensors

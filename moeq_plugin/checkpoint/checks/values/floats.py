@@ -37,14 +37,18 @@ def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
     suffix = tensor.name.rpartition(".")[2]
     if suffix in SCALES:
         yield from _check_scales(tensor, found)
-        return
+    else:
+        yield from _check_weights(tensor, found, family)
+
+
+def _check_weights(tensor: StoredTensor, found: _Sizes, family: str) -> Iterator[Finding]:
     largest = max(abs(found.low), abs(found.high)) if found.rows else 0.0
     if largest > _LARGEST or 0 < largest < _SMALLEST:
         yield error("magnitude", tensor.name, f"the largest element is {largest:.3g}")
     elif len(tensor.shape) >= 2 and found.low == found.high:
         check = "zeroed" if found.low == 0 else "constant"
         yield error(check, tensor.name, f"every element is {found.low:.4g}")
-    elif len(tensor.shape) == 2 and suffix == "weight":
+    elif len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
         yield from found.dead(tensor)
     elif len(tensor.shape) == 3 and ".experts." in tensor.name:
         zero = (torch.cat(found.rows) == 0).nonzero().flatten().tolist()
