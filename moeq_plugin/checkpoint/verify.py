@@ -71,7 +71,11 @@ def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
         return  # whatever else is missing or mixed follows from that
     checkpoint = layout.checkpoint
     yield from check_config_values(checkpoint.config)
-    yield from check_quantization_section(layout)
+    of_section = list(check_quantization_section(layout))
+    yield from of_section
+    is_plain = not any(layout.stored.values())
+    if is_plain and any(found.check == "not-compressed" for found in of_section):
+        return  # every scale beside a plain weight would be told as one thing too many
     yield from check_gptq_config(checkpoint.directory, checkpoint.config)
     yield from check_names(layout)
     yield from check_structure(layout)

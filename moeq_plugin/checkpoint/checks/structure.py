@@ -9,9 +9,9 @@ from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import FLOATS, Expected, is_old_packing, tensors_of
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.layout import FUSED_EXPERTS, Layout
-from moeq_plugin.checkpoint.reader_names import in_file
+from moeq_plugin.checkpoint.reader_names import in_file, split_tensor
 from moeq_plugin.checkpoint.schemes import Scheme
-from moeq_plugin.core.names import canonical, layer_of
+from moeq_plugin.core.names import layer_of
 
 
 def check_structure(layout: Layout) -> Iterator[Finding]:
@@ -97,14 +97,15 @@ def _check_tensor(tensor: StoredTensor, wanted: Expected) -> Iterator[Finding]:
 def _check_others(layout: Layout) -> Iterator[Finding]:
     """Check norms, embeddings and biases."""
     architecture = layout.architecture
-    tensors = {canonical(name): tensor for name, tensor in layout.checkpoint.tensors.items()}
     has_mtp = any(linear.is_mtp for linear in layout.present())
     for name, shape in architecture.others.items():
         layer = layer_of(name)
         is_mtp = layer is not None and layer >= architecture.num_layers
         is_fused = ".experts." in name and layer is not None and layout.is_fused(layer)
-        if name in tensors:
-            yield from _check_tensor(tensors[name], Expected(FLOATS, shape))
+        module, suffix = split_tensor(name)
+        tensor = layout.modules.get(module, {}).get(suffix)
+        if tensor is not None:
+            yield from _check_tensor(tensor, Expected(FLOATS, shape))
         elif not is_fused and (has_mtp or not is_mtp):
             yield error("missing-tensor", in_file(name, architecture.family), "not in any file")
 
