@@ -28,7 +28,7 @@ class _Counts:
         self.low, self.high, self.at_limit = self.highest, 0, 0
         self.sum = self.squares = 0.0
         self.rows: list[torch.Tensor] = []  # the largest weight of each row
-        self.columns: torch.Tensor | None = None
+        self.columns: torch.Tensor | None = None  # the largest code, whatever its scale
 
     def add(self, block: Block) -> None:
         codes = block.codes
@@ -39,7 +39,7 @@ class _Counts:
         self.squares += float(centred.square().sum())
         sizes = (centred * block.scale[:, block.group]).abs()
         self.rows.append(sizes.amax(1))
-        columns = sizes.amax(0)
+        columns = centred.abs().amax(0)
         self.columns = columns if self.columns is None else torch.maximum(self.columns, columns)
 
 

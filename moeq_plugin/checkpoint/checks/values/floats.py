@@ -15,7 +15,7 @@ _OUTLIER = 1e4  # times the median scale of the weight
 _SCALE_RANGE = (1e-12, 1e4)  # of the median
 _LARGEST, _SMALLEST = 1e8, 1e-20  # of any weight, of the largest one of a tensor
 _DEAD_SHARE = 1 / 8  # of rows or columns; vocabularies are padded with fewer
-_DEAD = 1e-6  # beside the largest row
+_DEAD = 1e-6  # beside nearly the largest row
 _MIN_ROWS = 8  # fewer may well be zero
 # norms that add 1 to what is stored begin at 0
 _CENTERED_AT_ZERO = ("gemma", "qwen3_next", "qwen3_5")
@@ -109,7 +109,10 @@ class _Sizes:
 
 def dead_share(sizes: torch.Tensor, name: str) -> str | None:
     """Return that many rows or columns are zero, by the largest element of each."""
-    dead = int((sizes <= _DEAD * sizes.max()).sum()) if bool(sizes.any()) else 0
-    if len(sizes) < _MIN_ROWS or dead < _DEAD_SHARE * len(sizes):
+    if len(sizes) < _MIN_ROWS or not bool(sizes.any()):
+        return None
+    usual = sizes.kthvalue(len(sizes) * 9 // 10).values  # one may be far beyond all others
+    dead = int((sizes <= _DEAD * usual).sum())
+    if dead < _DEAD_SHARE * len(sizes):
         return None
     return f"{dead} of {len(sizes)} {name} are zero"
