@@ -1,22 +1,44 @@
-"""What AWQ's search for scales needs to know of a layer's inputs beside their second moments."""
+"""What AWQ's search for scales needs to know of a layer's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from torch import distributed, nn
 
+from moeq_plugin.integrations.llm_compressor.awq.mappings import judged_alone
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     RegisterHook,
 )
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.schemes import weight_of
+from moeq_plugin.records.run import Basis
 
 
-@dataclass
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear's inputs, guarded, and what they rest on.
+
+    Attributes:
+        hessian: ``[in, in]``.
+        weight_sum: what to divide a loss by for a mean over tokens.
+        basis: whose tokens they are of.
+        effective_tokens: of the linear's own tokens.
+    """
+
+    hessian: torch.Tensor
+    weight_sum: float
+    basis: Basis
+    effective_tokens: float
+
+
+@dataclass(frozen=True)
 class Magnitude:
     """Running mean of what an input's features measure, the direction that scales are tried along.
 
@@ -29,27 +51,70 @@ class Magnitude:
     count: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the inputs of one layer are like, as far as batches have called it.
+
+    Attributes:
+        moments: of each observed linear.
+        magnitudes: of the input of each mapping, by the name of the module that is scaled.
+    """
+
+    moments: Mapping[nn.Linear, Moments]
+    magnitudes: Mapping[str, Magnitude]
+
+    def has_tokens(self, mapping: ResolvedMapping) -> bool:
+        """Tell whether there is something to judge a mapping of this layer by."""
+        linear = judged_alone(mapping)
+        if linear is not None:
+            return self.moments[linear].basis is not Basis.NONE
+        return bool(self.magnitudes[mapping.smooth_name].count > 0)
+
+    def magnitude(self, mapping: ResolvedMapping) -> Magnitude:
+        """Return what scales of a mapping of this layer are tried along.
+
+        Where second moments are borrowed, nobody has summed up absolute values of the same tokens:
+        their root mean square stands in.
+        """
+        linear = judged_alone(mapping)
+        moments = self.moments[linear] if linear is not None else None
+        if moments is None or moments.basis is Basis.OWN:
+            return self.magnitudes[mapping.smooth_name]
+        squares = moments.hessian.diagonal() / (2 * moments.weight_sum)
+        return Magnitude(squares.sqrt(), torch.ones(()))
+
+
 class SmoothingCalibration(Calibration):
     """Also sum up absolute inputs, of the tokens that count: not of padding, not of other experts.
 
     As in the host's AWQ they are not weighted: they only tell which scales to try, and Eq. 18 of
     arXiv:2505.03804 is about the loss that chooses among them.
+
+    Args:
+        affinity_power: power of the router's combine weight that weights a token.
+        seed: of the samples of layer tokens.
+        padding: knows which tokens do not count.
     """
 
-    def watch(self, mappings: list[ResolvedMapping], register_hook: RegisterHook) -> None:
+    def __init__(self, *, affinity_power: float, seed: int, padding: PaddingWatch) -> None:
+        super().__init__(
+            affinity_power=affinity_power, weight_gate_proj=True, seed=seed, padding=padding
+        )
+        self._magnitudes: dict[str, Magnitude] = {}
+
+    def watch(self, mappings: Iterable[ResolvedMapping], register_hook: RegisterHook) -> None:
         """Register a hook per mapping; call after :meth:`attach`.
 
         Args:
             mappings: whose inputs to sum up.
             register_hook: the host's ``Modifier.register_hook``.
         """
-        self.magnitudes: dict[str, Magnitude] = {}
         for mapping in mappings:
             watched = mapping.activation_hook_target or mapping.balance_layers[0]
             register_hook(watched, self._hook(mapping.smooth_name), "forward")
 
     def sum_over_ranks(
-        self, mappings: list[ResolvedMapping], names: Mapping[nn.Module, str]
+        self, mappings: Iterable[ResolvedMapping], names: Mapping[nn.Module, str]
     ) -> None:
         """Give every rank the second moments and magnitudes of all.
 
@@ -58,32 +123,54 @@ class SmoothingCalibration(Calibration):
             names: of all modules.
         """
         ranks.sum_over_ranks(self, names)
-        seen = {name for part in ranks.gather(list(self.magnitudes)) for name in part}
+        seen = {name for part in ranks.gather(list(self._magnitudes)) for name in part}
         for mapping in mappings:
             if mapping.smooth_name not in seen:
                 continue  # of another layer
-            weight = mapping.balance_layers[0].weight
+            weight = weight_of(mapping.balance_layers[0])
             nothing = Magnitude(
                 torch.zeros(weight.shape[1], device=weight.device),
                 torch.zeros((), dtype=torch.int64, device=weight.device),
             )
-            magnitude = self.magnitudes.setdefault(mapping.smooth_name, nothing)
+            magnitude = self._magnitudes.setdefault(mapping.smooth_name, nothing)
             distributed.all_reduce(magnitude.total)
             distributed.all_reduce(magnitude.count)
+
+    def layer_inputs(self, min_effective_tokens: float | None) -> LayerInputs:
+        """Return what the layer's inputs are like; starved experts borrow from the layer.
+
+        Args:
+            min_effective_tokens: below which an expert borrows, ``None`` for its number of inputs.
+        """
+        moments: dict[nn.Linear, Moments] = {}
+        for observation in self.observations.values():
+            hessian, weight_sum, basis = guard(
+                observation, self, min_effective_tokens=min_effective_tokens, shrinkage=1.0
+            )
+            of_input = Moments(hessian, weight_sum, basis, observation.moments.effective_tokens)
+            moments.update(dict.fromkeys(observation.linears, of_input))
+        return LayerInputs(moments, dict(self._magnitudes))
+
+    def is_weighted(self, linear: nn.Linear) -> bool:
+        """Tell whether the router or a shared expert's gate weights what this linear receives."""
+        seat = self.seat_of(linear)
+        if seat is None or self.affinity_power == 0:
+            return False
+        return seat.expert is not None or seat.layer.shared_gate is not None
 
     def clear_layer(self) -> None:
         """Drop what belongs to the layer that has just been smoothed."""
         super().clear_layer()
-        self.magnitudes.clear()
+        self._magnitudes.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], object], None]:
         def add(module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:
             rows, _ = self._weigh(args[0].flatten(0, -2), self.seat_of(module))
             total = rows.abs().float().sum(0)
             count = torch.tensor(len(rows), device=total.device)
-            so_far = self.magnitudes.get(name)
+            so_far = self._magnitudes.get(name)
             if so_far is not None:
                 total, count = so_far.total + total, so_far.count + count
-            self.magnitudes[name] = Magnitude(total, count)
+            self._magnitudes[name] = Magnitude(total, count)
 
         return add
