@@ -21,7 +21,8 @@ from torch import nn
 
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_request
-from moeq_plugin.integrations.llm_compressor.awq.run import Request, Run
+from moeq_plugin.integrations.llm_compressor.awq.smoothing_record import Request
+from moeq_plugin.integrations.llm_compressor.awq.smoothing_run import Run
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 from moeq_plugin.integrations.llm_compressor.host import forget_failure, undo_with_oneshot
 from moeq_plugin.models.moe import find_moe_layers

@@ -6,20 +6,27 @@ It is a stock ``AWQModifier`` that no recipe holds, so it may write its fields, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.sentinel import Sentinel
 from pydantic import PrivateAttr
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.awq.batches import BatchMasks, merged
-from moeq_plugin.integrations.llm_compressor.awq.calibration import LayerInputs
-from moeq_plugin.integrations.llm_compressor.awq.losses import BlockLoss, LinearLoss, Loss, Outputs
+from moeq_plugin.integrations.llm_compressor.awq.layer_inputs import LayerInputs
 from moeq_plugin.integrations.llm_compressor.awq.mappings import FoundMappings, judged_alone
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_mappings
+from moeq_plugin.integrations.llm_compressor.awq.scale_losses import (
+    BlockLoss,
+    LinearLoss,
+    Loss,
+    Outputs,
+)
 from moeq_plugin.integrations.llm_compressor.host import summed_already, without_pinning
 from moeq_plugin.models.moe import MoELayer
 
@@ -74,13 +81,16 @@ class Search(AWQModifier):
     _choices: list[Choice] = PrivateAttr(default_factory=list)
 
     def __init__(self, recipe: AWQModifier, structure: Structure, masks: BatchMasks) -> None:
+        device = recipe.offload_device
+        # left to the host it is a Sentinel, which the host takes for a default but not as a value
+        asked: dict[str, Any] = {} if isinstance(device, Sentinel) else {"offload_device": device}
         super().__init__(
             # found by structure: from None the host would go by the name of the architecture
             mappings=recipe.mappings or [],
             duo_scaling=recipe.duo_scaling,
             n_grid=recipe.n_grid,
+            **asked,
         )
-        self.offload_device = recipe.offload_device  # the host's default fails its own validation
         self._structure = structure
         self._masks = masks
         self._loss = BlockLoss(super()._compute_loss, [])

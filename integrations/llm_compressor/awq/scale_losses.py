@@ -11,7 +11,7 @@ from torch import nn
 
 from moeq_plugin.core.awq import mean_output_loss
 from moeq_plugin.integrations.llm_compressor.awq.batches import without_padding
-from moeq_plugin.integrations.llm_compressor.awq.calibration import Moments
+from moeq_plugin.integrations.llm_compressor.awq.layer_inputs import Moments
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 
 Outputs = list[torch.Tensor]  # of a block, one tensor per batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 
 import torch
 from compressed_tensors.distributed import is_distributed
@@ -12,44 +11,36 @@ from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
-from loguru import logger
 from torch import nn
 
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.integrations.llm_compressor.awq.batches import BatchMasks
-from moeq_plugin.integrations.llm_compressor.awq.calibration import (
-    LayerInputs,
-    SmoothingCalibration,
-)
+from moeq_plugin.integrations.llm_compressor.awq.calibration import SmoothingCalibration
 from moeq_plugin.integrations.llm_compressor.awq.clipping import clip_linear, clippable
+from moeq_plugin.integrations.llm_compressor.awq.layer_inputs import LayerInputs
 from moeq_plugin.integrations.llm_compressor.awq.mappings import find_mappings, judged_alone
 from moeq_plugin.integrations.llm_compressor.awq.search import Choice, Search, Structure
+from moeq_plugin.integrations.llm_compressor.awq.smoothing_record import (
+    Request,
+    new_record,
+    note_chosen,
+    note_left_out,
+    note_uncalled,
+    report,
+)
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.calibration.observations import RegisterHook
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.host import (
-    calibration_batches,
     listen_to_batches,
     run_routed_tokens_only,
     undo_with_oneshot,
 )
 from moeq_plugin.integrations.llm_compressor.schemes import unquantized
 from moeq_plugin.models.moe import MoELayer
-from moeq_plugin.records.environment import run_facts, versions
-from moeq_plugin.records.run import Basis, RunRecord
-
-_NO_TOKENS = "no token reached it"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for beside what the host's AWQ is asked for; see ``MoEQuantAWQModifier``."""
-
-    affinity_power: float
-    min_effective_tokens: float | None
-    seed: int
-    clip: bool
+from moeq_plugin.records.environment import run_facts
+from moeq_plugin.records.run import Basis
 
 
 class Run:
@@ -85,7 +76,7 @@ class Run:
         )
         self._clippable: dict[nn.Linear, Grid] = {}  # filled when schemes are attached
         self._undo = ExitStack()
-        self.record = _record(recipe, request, state)
+        self.record = new_record(recipe, request, state)
 
     def begin(self, state: State, event: Event) -> None:
         """Observe what is quantized by schemes that later modifiers have attached by now."""
@@ -123,30 +114,21 @@ class Run:
             judged = [mapping for mapping in mappings if inputs.has_tokens(mapping)]
             with ranks.own_copies(self._changed_modules(mappings, inputs)):
                 choices = self._search.smooth(state, event, judged, inputs)
-                self._note(choices, mappings, inputs)
                 self._clip(choices, inputs)
+        note_chosen(self.record, choices, inputs, calibration.is_weighted)
+        note_left_out(self.record, mappings, inputs)
         calibration.clear_layer()
 
     def end(self, state: State, event: Event) -> None:
         """Note what no batch has called, then remove hooks."""
-        for mapping in self._search.resolved:
-            if mapping.smooth_name not in self.record.smoothed:
-                self.record.left_out.setdefault(mapping.smooth_name, _NO_TOKENS)
+        note_uncalled(self.record, self._search.resolved)
         self._undo.close()
         self._search.on_calibration_end(state, event)
 
     def report(self, state: State) -> None:
         """Name the experts that borrowed, then say in one line what was smoothed."""
-        record = self.record
-        record.run = run_facts(self._began)
-        borrowed = [name for name, of in record.smoothed.items() if of["basis"] is not Basis.OWN]
-        if borrowed:
-            logger.warning(
-                f"{len(borrowed)} modules saw fewer effective tokens than they have features; "
-                f"their scales rest on their layer's tokens too: {', '.join(borrowed)}"
-            )
-        unseen = _NO_TOKENS in record.left_out.values()
-        logger.log("WARNING" if unseen else "INFO", record.summary(len(record.smoothed)))
+        self.record.run = run_facts(self._began)
+        report(self.record)
         self._search.finalize(state)
 
     def _changed_modules(
@@ -157,27 +139,6 @@ class Run:
         for mapping in mappings:
             changed |= {mapping.smooth_layer, *mapping.balance_layers}
         return sorted(changed, key=self._structure.names.__getitem__)
-
-    def _note(
-        self, choices: list[Choice], mappings: list[ResolvedMapping], inputs: LayerInputs
-    ) -> None:
-        """Record what was chosen for the layer's mappings, and why for the others nothing was."""
-        for choice in choices:
-            linear = judged_alone(choice.mapping)
-            moments = inputs.moments[linear] if linear is not None else None
-            self.record.smoothed[choice.mapping.smooth_name] = {
-                "judged by": choice.mapping.parent_name,
-                "weighted": linear is not None and self._calibration.is_weighted(linear),
-                "basis": moments.basis if moments is not None else Basis.OWN,
-                "effective_tokens": moments.effective_tokens if moments is not None else None,
-                "loss": choice.loss,
-                "loss_unscaled": choice.loss_unscaled,
-            }
-        for mapping in mappings:
-            if mapping.smooth_name not in self.record.smoothed:
-                self.record.left_out[mapping.smooth_name] = (
-                    "its output holds NaN or infinity" if inputs.has_tokens(mapping) else _NO_TOKENS
-                )
 
     def _clip(self, choices: list[Choice], inputs: LayerInputs) -> None:
         """Clamp outliers of the layer's weights, judged on the inputs as they are scaled by now."""
@@ -196,18 +157,3 @@ def _structure(model: nn.Module, layers: list[MoELayer], *, is_mapped: bool) -> 
         return Structure(layers, names, found=None)
     with ranks.in_turn(), disable_offloading():
         return Structure(layers, names, find_mappings(model, layers))
-
-
-def _record(recipe: AWQModifier, request: Request, state: State) -> RunRecord:
-    return RunRecord(
-        modifier=type(recipe).__name__,
-        settings={
-            **asdict(request),
-            "duo_scaling": recipe.duo_scaling,
-            "n_grid": recipe.n_grid,
-            "mappings": [asdict(mapping) for mapping in recipe.mappings or ()] or None,
-        },
-        versions=versions(),
-        model=getattr(state.model, "name_or_path", ""),
-        calibration=f"{len(calibration_batches(state))} batches of the data given to oneshot",
-    )
