@@ -103,6 +103,16 @@ def undo_with_oneshot(undo: ExitStack) -> None:
         running.scope.callback(undo.close)
 
 
+def forget_failure(modifier: Modifier) -> None:
+    """Let a modifier that has not come to its end be used in another ``oneshot``.
+
+    The host goes on taking it for initialized, and refuses it for that. Upstream would have to keep
+    the progress of a run out of the recipe.
+    """
+    if not modifier.finalized_:
+        modifier.initialized_ = modifier.started_ = modifier.ended_ = False
+
+
 def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
     @wraps(call)
     def noting(self: Oneshot) -> None:
