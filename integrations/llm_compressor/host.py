@@ -286,16 +286,17 @@ def exact_codes() -> Iterator[None]:
     """Let saving find the integer codes that were solved for, whatever the dtype of the weights.
 
     The host keeps dequantized weights and divides them by their scales again when it saves. A
-    bfloat16 quotient knows only every second integer's half from 64 on, so that one 8-bit code in
+    bfloat16 quotient knows halves only below 128 and integers above, so that one 8-bit code in
     thirty came out one step off; in float32 all are found. Upstream would have to divide so.
     """
 
     def exact(
         x: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs, **others: Any
     ) -> torch.Tensor:
-        if args.type == QuantizationType.INT:
+        if args.type == QuantizationType.INT and args.num_bits == 8:
             x, scale = x.float(), scale.float()
-        return quantize(x=x, scale=scale, args=args, **others)
+        codes: torch.Tensor = quantize(x=x, scale=scale, args=args, **others)
+        return codes
 
     with (
         patch_attr(pack_quantized, "quantize", exact),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
@@ -40,7 +41,7 @@ from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import layer_progress, report_progress
 
 
-class SensitivityModifier(FrozenFields):
+class SensitivityModifier(FrozenFields, Modifier):
     """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
 
     The loss of linear ``l`` at option ``b`` is ``E[g^2 . (dW_b x)^2] / 2`` in nats per token:

@@ -92,10 +92,10 @@ class SmoothingCalibration(Calibration):
 
     def is_weighted(self, linear: nn.Linear) -> bool:
         """Tell whether the router or a shared expert's gate weights what this linear receives."""
-        seat = self.seat_of(linear)
-        if seat is None or self.affinity_power == 0:
+        position = self.position_of(linear)
+        if position is None or self.affinity_power == 0:
             return False
-        return seat.expert is not None or seat.layer.shared_gate is not None
+        return position.expert is not None or position.layer.shared_gate is not None
 
     def clear_layer(self) -> None:
         """Drop what belongs to the layer that has just been smoothed."""
@@ -104,7 +104,7 @@ class SmoothingCalibration(Calibration):
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], object], None]:
         def add(module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:
-            rows, _ = self._weigh(args[0].flatten(0, -2), self.seat_of(module))
+            rows, _ = self._weigh(args[0].flatten(0, -2), self.position_of(module))
             total = rows.abs().float().sum(0)
             count = torch.tensor(len(rows), device=total.device)
             so_far = self._magnitudes.get(name)

@@ -29,7 +29,7 @@ from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import RunRecord
 
 
-class MoEQuantAWQModifier(AWQModifier, FrozenFields):
+class MoEQuantAWQModifier(FrozenFields, AWQModifier):
     """Move scales between modules as AWQ does, judging those of an expert by its own tokens.
 
     For a linear inside an expert the scales ``s`` are those with the least

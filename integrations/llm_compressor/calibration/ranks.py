@@ -81,7 +81,7 @@ def sum_over_ranks(calibration: Calibration, names: Mapping[nn.Module, str]) -> 
         observation = calibration.observations.get(modules[leader])
         if observation is None:  # an expert that got no token on this rank
             moments = SecondMoments.zeros(seen.columns, linears[0].weight.device)
-            observation = Observation(moments, linears, calibration.seat_of(linears[0]))
+            observation = Observation(moments, linears, calibration.position_of(linears[0]))
             calibration.observations[modules[leader]] = observation
         for tensor in vars(observation.moments).values():
             distributed.all_reduce(tensor)
