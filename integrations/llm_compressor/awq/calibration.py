@@ -13,7 +13,7 @@ from moeq_plugin.integrations.llm_compressor.awq.layer_inputs import (
     Magnitude,
     Moments,
 )
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments, ranks
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
@@ -61,7 +61,7 @@ class SmoothingCalibration(Calibration):
             mappings: those that are watched.
             names: of all modules.
         """
-        ranks.sum_over_ranks(self, names)
+        rank_moments.sum_over_ranks(self, names)
         seen = {name for part in ranks.gather(list(self._magnitudes)) for name in part}
         for mapping in mappings:
             if mapping.smooth_name not in seen:

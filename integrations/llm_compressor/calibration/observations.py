@@ -8,7 +8,6 @@ routed has weight zero, so computing it, as the host does by default, changes no
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,11 +19,11 @@ from torch import distributed, nn
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.calibration.shared_inputs import SharedInputs
 from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
 RegisterHook = Callable[..., object]
-_SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class Calibration:
         self._positions: dict[nn.Module, Position] = {}
         self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._shared_weights: dict[nn.Module, torch.Tensor | None] = {}
-        self._recent: dict[_SharedInput, tuple[weakref.ref[torch.Tensor], nn.Linear]] = {}
-        self._leaders: dict[nn.Linear, nn.Linear] = {}
+        self._shared_inputs = SharedInputs()
         self._parents: dict[nn.Module, nn.Module] = {}
         self._num_tokens = 0  # of the batch that the running experts received
 
@@ -147,8 +145,7 @@ class Calibration:
         self.samples.clear()
         self._dispatch.clear()
         self._shared_weights.clear()
-        self._recent.clear()
-        self._leaders.clear()
+        self._shared_inputs.clear()
 
     def _take_positions(self, layer: MoELayer) -> None:
         for index in range(layer.num_experts):
@@ -186,8 +183,13 @@ class Calibration:
     ) -> None:
         inputs = args[0]
         weighted = self.weight_gate_proj or not self._is_gate_proj(linear)
-        leader = self._leader(linear, inputs, weighted)
+        is_new = not self._shared_inputs.knows(linear)
+        leader = self._shared_inputs.leader_of(
+            linear, (self._parents.get(linear), weighted), inputs
+        )
         if leader is not linear:
+            if is_new:
+                self.observations[leader].linears.append(linear)
             return
         position = self._positions.get(linear)
         if linear not in self.observations:
@@ -198,28 +200,6 @@ class Calibration:
             power = self.affinity_power if weighted else 0.0
             weights = weights.float().abs().pow(power)
         self.observations[linear].moments.add(rows, weights)
-
-    def _leader(self, linear: nn.Linear, inputs: torch.Tensor, weighted: bool) -> nn.Linear:
-        """Return the sibling that has already seen this very tensor, or the linear itself.
-
-        Raises:
-            RuntimeError: if two linears share their input in some batches only.
-        """
-        key = (self._parents.get(linear), weighted)
-        recent = self._recent.get(key)
-        if recent is not None and recent[0]() is inputs:
-            leader = recent[1]
-        else:
-            leader = linear
-            self._recent[key] = (weakref.ref(inputs), linear)
-        if linear not in self._leaders and leader is not linear:
-            self.observations[leader].linears.append(linear)
-        if self._leaders.setdefault(linear, leader) is not leader:
-            raise RuntimeError(
-                f"{linear} shared its input with a sibling in one batch and not in another: its "
-                "second moments would be incomplete. Please report this architecture."
-            )
-        return leader
 
     def _is_gate_proj(self, linear: nn.Linear) -> bool:
         parent = self._parents.get(linear)

@@ -19,7 +19,7 @@ from torch import nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
@@ -158,10 +158,10 @@ class Run:
         """Quantize every linear observed since the last layer, with what all ranks have seen."""
         owners: dict[str, int] = {}
         if is_distributed():
-            ranks.sum_over_ranks(self._calibration, self._names)
+            rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
         if is_distributed():
-            owners = ranks.keep_own_share(self._calibration, self._names)
+            owners = rank_moments.keep_own_share(self._calibration, self._names)
         num_before = len(self.record.linears)
         with torch.no_grad(), disable_offloading():
             for stack in stacks(self._jobs(), self._max_stack()):
@@ -219,7 +219,7 @@ class Run:
         """Take over what other ranks have solved; all have the same records afterwards."""
         modules = {name: module for module, name in self._names.items()}
         own = self.record.linears[num_before:]
-        self.record.linears[num_before:] = ranks.exchange(owners, modules, own)
+        self.record.linears[num_before:] = rank_moments.exchange(owners, modules, own)
         for name in owners:
             self._pending.pop(modules[name], None)
 

@@ -14,7 +14,7 @@ from torch import nn
 from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.integrations.llm_compressor import host
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
@@ -82,7 +82,7 @@ class CodebookRun:
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
         """Encode every linear observed since the last layer."""
         if is_distributed():
-            ranks.sum_over_ranks(self._calibration, self._names)
+            rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
         with torch.no_grad(), disable_offloading():
             for observation in self._calibration.observations.values():
