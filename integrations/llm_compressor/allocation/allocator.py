@@ -76,7 +76,7 @@ class BitAllocator:
             weight_observer=weight_observer,
         )
         allocator = cls(request, choices)
-        if request.allocation is not None:
+        if request.allocation is not None:  # it met its own budget, and none is asked for here
             allocator._use(Allocation.load(request.allocation))
             return allocator
         allocator._check_budget()
@@ -113,6 +113,7 @@ class BitAllocator:
             state: the host's.
             kept: where the table is kept once it has been measured, and found if it was.
         """
+        # files appear whole: one that is there is a table that was finished, of this very run
         if kept is not None and kept.exists():
             self._solve(SensitivityTable.load(kept))
             return
@@ -140,6 +141,7 @@ class BitAllocator:
             InfeasibleBudgetError: naming the range that can be met.
         """
         self._choices.check_fit()
+        # at no loss only bytes decide: if even this cannot be solved, no measured table can
         free = np.where(self._choices.fits(), 0.0, np.inf)[None]
         table = self._choices.table(free, domains=("none",))
         allocate_bits(table, self._request.budget, target=self._request.target)
@@ -157,6 +159,7 @@ class BitAllocator:
                 f"{options}"
             )
         target = self._request.target
+        # where experts share a scheme, one that saw few tokens is judged together with the others
         is_free = target in {Target.EXPERT, Target.LINEAR}
         allocation = allocate_bits(
             table.floored() if is_free else table,

@@ -87,7 +87,7 @@ class Halves:
         """Add up what all ranks have seen; return which of them rounds and judges each linear."""
         for calibration in self._calibrations():
             rank_moments.sum_over_ranks(calibration, self._names)
-        return rank_moments.keep_own_share(self.rounding, self._names)
+        return rank_moments.keep_own_share(self.rounding, self._names)  # what judges stays whole
 
     def held_out_losses(
         self, row_weights: Mapping[nn.Linear, torch.Tensor] | None

@@ -133,12 +133,14 @@ class SensitivityModifier(FrozenFields, Modifier):
             ValueError: if a domain has too few sequences to halve, or no name.
         """
         undo_with_oneshot(self._undo)
-        self._undo.callback(self.remove_hooks)
+        self._undo.callback(self.remove_hooks)  # a failure sends no event that would remove them
         domains = Domains.of(_calibration_data(state), self.config.domain_names)
+        # from here on, so that it holds for the backward passes as well
         run_routed_tokens_only(state.model, self._undo)
         report_progress(layer_progress("measure", (), self._choices.names.values()))
         # before the pass that is observed: the backward passes run the model too
         row_weights = self._row_weights(state) if self.config.gradient else None
+        # the host caches its batches between this event and the first layer
         watch = PaddingWatch(state)
         listen_to_batches(watch, self._undo)
         self._measurement = self._new_measurement(watch, domains, row_weights)
@@ -203,6 +205,8 @@ def measure_sensitivity(modifier: SensitivityModifier, state: State) -> Sensitiv
         modifier: not initialized yet.
         state: the host's, with model and data.
     """
+    # as the host would, had it stood in the recipe; the host refuses events to one that it does
+    # not take for initialized
     modifier.initialize(state)
     # its weights stay as they are, so that there is no error to propagate
     run_pass(modifier, state, _calibration_data(state), propagate_error=False)

@@ -42,6 +42,7 @@ def guard(
     sample = calibration.samples[position.layer.experts]
     of_layer = layer_moments(observation, position.layer.expert(position.expert), sample)
     hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
+    # a mixture is made of means: the sum of its weights is 1
     if of_layer.effective_tokens == 0:
         return hessian, 1.0, Basis.NONE
     return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
@@ -55,7 +56,7 @@ def layer_moments(
 
     For gate and up these are the sample's own; for down the sample is sent through the expert.
     """
-    linear = observation.linears[0]
+    linear = observation.linears[0]  # all of them receive one input, so that any will do
     if linear is not expert.down_proj:
         return sample.moments
     inputs: list[torch.Tensor] = []

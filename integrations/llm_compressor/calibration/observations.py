@@ -104,6 +104,7 @@ class Calibration:
         register_hook(model, self._padding.read, "forward_pre", with_kwargs=True)
         for layer in layers:
             self._take_positions(layer)
+            # before the experts run: their linears see rows without knowing which tokens those are
             register_hook(layer.experts, self._open_experts, "forward_pre")
             if layer.shared_expert is not None:
                 register_hook(layer.shared_expert, self._open_shared_expert, "forward_pre")
@@ -117,6 +118,7 @@ class Calibration:
     def samples_by_name(self) -> dict[str, TokenSample]:
         """Return the samples by the names of their layers."""
         return {
+            # any expert's position names the layer; the list of experts has none itself
             self._positions[experts[0]].layer.name: sample  # type: ignore[index]
             for experts, sample in self.samples.items()
         }
@@ -211,8 +213,11 @@ class Calibration:
         """Return the rows that count and their combine weights, padding removed."""
         if position is not None and position.expert is not None:
             tokens, weights = self._dispatch[position.layer.experts][position.expert]
+            # the host's flag, as it is while this expert runs: with it every token is here, without
+            # it only those that were dispatched, in the order of the dispatch
             if get_calibrate_all_experts_flag():
                 inputs = inputs[tokens]
+            # asked for the whole batch: an expert's rows alone do not say which tokens they are
             keep = self._padding.keep(self._num_tokens)
             if keep is None:
                 return inputs, weights

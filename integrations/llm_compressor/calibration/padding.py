@@ -32,10 +32,12 @@ class PaddingWatch:
     def __init__(self, state: State) -> None:
         self._state = state
         self.batches: list[dict[str, torch.Tensor]] = []
+        # of the running batch, in pipelines that call the whole model; the sequential one does not
         self._direct: torch.Tensor | None = None
 
     def hear_batches(self, cache: IntermediatesCache) -> None:
         """Note ids and masks of the batches that the sequential pipeline has just cached."""
+        # at once: the host goes on to delete from its cache what no later layer needs
         self.batches = [cache.fetch(index, list(_COLUMNS)) for index in range(len(cache))]
         _warn_of_left_padding([batch.get("attention_mask") for batch in self.batches])
 
@@ -46,7 +48,7 @@ class PaddingWatch:
     @property
     def batch_index(self) -> int:
         """Return the number of the running batch."""
-        return int(self._state.current_batch_idx)
+        return int(self._state.current_batch_idx)  # which the host sets before each forward
 
     def keep(self, num_rows: int) -> torch.Tensor | None:
         """Return ``[num_rows]`` bool, false for padding; ``None`` if nothing is padded.

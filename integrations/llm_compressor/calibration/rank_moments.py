@@ -43,6 +43,7 @@ def sum_over_ranks(calibration: Calibration, names: Mapping[nn.Module, str]) -> 
         )
         for linear, observation in calibration.observations.items()
     }
+    # all_reduce pairs calls by their order, so that all ranks have to go by the same list
     for leader, seen in sorted(_union(ours).items()):
         linears = [modules[name] for name in seen.linears]
         observation = calibration.observations.get(modules[leader])
@@ -96,6 +97,7 @@ def exchange(
         for parameter, tensor in modules[name].named_parameters(recurse=False):
             if parameter == "bias":
                 continue
+            # a copy, because ranks may share the memory of the weight itself
             received = tensor.detach().clone()
             distributed.broadcast(received, src=owner)
             update_offload_parameter(modules[name], parameter, received)

@@ -67,7 +67,7 @@ def own_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     for parameter, memory in zip(parameters, shared, strict=True):
         distributed.broadcast(parameter.data, src=get_source_rank())
         parameter.data = memory.copy_(parameter.data)
-    distributed.barrier()
+    distributed.barrier()  # nobody reads the shared memory before all have written to it
 
 
 @contextlib.contextmanager
@@ -75,6 +75,7 @@ def in_turn() -> Iterator[None]:
     """Let one rank after the other do what changes shared weights for a while."""
     turns = distributed.get_world_size() if is_distributed() else 0
     ours = distributed.get_rank() if turns else 0
+    # a barrier ends each turn, and every rank passes all of them: some before its own, then others
     for _ in range(ours):
         distributed.barrier()
     yield
@@ -135,6 +136,7 @@ def give_to_all(
     """
     for name, owner in sorted(owners.items()):
         linear = modules[name]
+        # empty where they are received, and as many as the owner has: broadcasts go in pairs
         ours = tensors.setdefault(
             linear, [torch.empty_like(linear.weight) for _ in range(count(linear))]
         )

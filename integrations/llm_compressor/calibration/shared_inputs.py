@@ -34,6 +34,7 @@ class SharedInputs:
             RuntimeError: if two linears share their input in some batches only.
         """
         recent = self._recent.get(group)
+        # the object itself: a tensor that is gone may have left its address to another
         if recent is not None and recent[0]() is inputs:
             leader = recent[1]
         else:

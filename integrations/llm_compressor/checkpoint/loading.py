@@ -44,9 +44,10 @@ def load_dequantized(directory: str | Path) -> PreTrainedModel:
     directory = Path(directory)
     config = AutoConfig.from_pretrained(directory)
     schemes = QuantizationConfig.model_validate(config.quantization_config)
+    # or transformers would build compressed modules, with one scheme for all experts
     del config.quantization_config
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    linearize_moe(model)
+    linearize_moe(model)  # random weights for now, in the layout that the host has saved
     renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
     stored: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in _tensors(directory):

@@ -28,7 +28,7 @@ def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:
             from one tensor per expert and projection.
     """
     schemes = {_scheme_key(linear) for layer in layers for linear in expert_linears(layer)}
-    if schemes <= {None}:
+    if schemes <= {None}:  # experts in 16 bit load as they always did
         return []
     limits = []
     if not has_expert_names:

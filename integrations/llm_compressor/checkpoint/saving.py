@@ -57,6 +57,7 @@ def prepare_saving(
         record: the run's record; its ``limits`` are filled in here and logged.
         save_more: writes further files into the directory of the checkpoint.
     """
+    # long before the model is saved: whoever saves it, by whatever call, then does it right
     rules = loading_rules(model)
     names = names_in_checkpoint(rules)
     if any(ours != theirs for ours, theirs in names.items()):
@@ -73,6 +74,7 @@ def _write_on_save(
     model: PreTrainedModel, record: RunRecord, save_more: Callable[[Path], None]
 ) -> None:
     """Wrap ``save_pretrained`` once per model; later modifiers add to what it writes."""
+    # the list hangs on the function, so that it lives as long as the model is saved by it
     noted = getattr(model.save_pretrained, "_moeq_noted", None)
     if noted is not None:
         noted.append((record, save_more))
@@ -91,7 +93,9 @@ def _write_on_save(
         ):
             num_linears = sum(len(record.linears) for record, _ in noted)
             report_progress(Progress("save", 0, num_linears, "linears"))
+            # the host's, which packs the codes and calls the method of transformers in turn
             save_pretrained(directory, *args, **kwargs)
+            # all ranks save their share, one writes what describes it
             if not is_source_process():
                 return
             _mend_config(model, directory)

@@ -63,9 +63,10 @@ class Request:
         Raises:
             ValueError: if a target matches nothing or something that is quantized already.
         """
-        fields = recipe.host_fields()
+        fields = recipe.host_fields()  # copies: the host completes schemes in place
         if groups is not None:
             fields |= {"scheme": None, "config_groups": dict(groups)}
+        # asked of a modifier that is thrown away, since each keeps what it has worked out
         targets = GPTQModifier(**deepcopy(fields)).resolved_targets
         preflight.check_targets(model, targets)
         kept = preflight.kept_by_default(model, layers, targets)

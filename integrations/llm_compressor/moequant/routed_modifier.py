@@ -79,7 +79,10 @@ class RoutedModifier(RoutedRecipe):
             self._begin_pass(state)
             return
         text = write_own_text(state.model, self.ebss, self._text_path())
+        # what looks for data from here on, such as a measuring pass, finds the text
         state.data.calib = text.batches
+        # not of `self`: the events of this pass would look like those of the one that is running,
+        # which has no data and sends the same three events once more when this is over
         host.run_pass(_OwnPass.over(self), state, text.batches)
         self._record.sampling = text.report
 
@@ -135,6 +138,7 @@ class RoutedModifier(RoutedRecipe):
 
     def _declare_data(self) -> None:
         """Tell the host whether there are data, once nothing speaks against the run any more."""
+        # registered before there is anything to undo, so that a failure in between undoes it too
         host.undo_with_oneshot(self._undo)
         host.declare_data(self, self._start.has_data, self._undo)
 
@@ -163,7 +167,7 @@ class _OwnPass(Modifier):
     @classmethod
     def over(cls, asked: RoutedModifier) -> _OwnPass:
         """Return what hands the events of a pass to ``asked``."""
-        own = cls(initialized_=True)
+        own = cls(initialized_=True)  # or the host would refuse to send it events
         own._asked = asked
         return own
 

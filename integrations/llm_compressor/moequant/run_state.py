@@ -58,8 +58,9 @@ class RunState:
             OSError: if the directory cannot be written.
         """
         if data is not None:
+            # of every rank's part, in their order: all ranks come here
             self._run["data"] = gather(data_digest(data))
-        run = json.loads(json.dumps(self._run))
+        run = json.loads(json.dumps(self._run))  # as it will be read: tuples are lists by then
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / _RUN_FILE
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -78,6 +79,8 @@ class RunState:
                 "anew. What differs:\n" + "\n".join(lines)
             )
         if is_source_process():
+            # what was known before stays: without data this comes once before the text is written
+            # and once after
             content = json.dumps({**before, **run}, indent=1) + "\n"
             write_whole(path, lambda new: new.write_text(content))
 
@@ -95,7 +98,7 @@ class RunState:
             f"{record.name}.{parameter}": tensor.detach().contiguous().cpu()
             for record in records
             for parameter, tensor in modules[record.name].named_parameters(recurse=False)
-            if parameter != "bias"
+            if parameter != "bias"  # which quantizing leaves alone
         }
         about = {"linears": json.dumps([asdict(record) for record in records])}
         path = self.path / f"layer-{len(self._layers()):05d}.safetensors"

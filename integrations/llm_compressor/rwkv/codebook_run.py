@@ -61,7 +61,7 @@ class CodebookRun:
         self._form, self._refine_steps = form, refine_steps
         self._names: dict[nn.Module, str] = {linear: name for name, linear in coded.items()}
         self._pending = dict(coded)  # shrinks as weights are encoded
-        self._hooks = HooksMixin()
+        self._hooks = HooksMixin()  # the host's switch that silences hooks covers these too
         self._undo = ExitStack()
         host.undo_with_oneshot(self._undo)
         self._padding = PaddingWatch(state)
@@ -85,6 +85,7 @@ class CodebookRun:
             rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
         with torch.no_grad(), disable_offloading():
+            # every rank encodes all weights, from the same sums and so to the same codes
             for observation in self._calibration.observations.values():
                 hessian, weight_sum, basis = guard(
                     observation,
@@ -101,6 +102,7 @@ class CodebookRun:
         """Encode what no batch has called, then remove hooks."""
         with torch.no_grad(), disable_offloading():
             for linear in list(self._pending.values()):
+                # every column counts alike and none affects another: rounding to nearest
                 nothing = torch.eye(linear.in_features, device=linear.weight.device)
                 self._encode(linear, nothing, 1.0, Basis.NONE, 0.0)
         self._undo.close()
@@ -129,5 +131,6 @@ class CodebookRun:
         name = self._names[linear]
         del self._pending[name]
         self._encoded[name] = solution.weight
+        # at once: the host is about to run the layer again for the inputs of the next one
         scheme = take_encoded(linear, solution.weight)
         self._record.linears.append(LinearRecord(name, scheme, basis, effective_tokens, loss))

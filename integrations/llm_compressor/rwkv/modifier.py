@@ -142,6 +142,7 @@ class RWKVQuantModifier(RoutedModifier):
         self._check_start(state)
         layers = self._start.layers
         takes_default = self.config_groups is None and self.scheme is None
+        # to be checked against the model; narrowed to fit each weight once it is known who gets it
         default = {"scalar": self._default_scheme()} if takes_default else None
         request = Request.of(self, state.model, layers, default)
         linears = {
@@ -158,9 +159,12 @@ class RWKVQuantModifier(RoutedModifier):
             request = request.with_groups(groups) if groups else request
         if self.fallback_scheme is not None:
             finer = scheme_groups(coded, weights_of_scheme(self.fallback_scheme), "finer")
+            # the host looks for names before classes, so that these take the finer scheme
             request, coded = request.with_groups({**request.groups(), **finer}), {}
         self._check_codebooks(coded)
+        # after the last refusal: from here on the host and the model are changed
         self._declare_data()
+        # to the scalar run a weight in a codebook is one to ignore, as embeddings are
         self._attach(request.ignoring(coded), state, coded)
         self._record.uniformity = {
             name: {**asdict(score), "scalar": name in scalar} for name, score in scores.items()
@@ -174,6 +178,8 @@ class RWKVQuantModifier(RoutedModifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Keep encoded weights packed, and say what was done and how many bits it takes."""
         if self._encoded:
+            # not when the pass ends: modifiers behind this one may have passes of their own then
+            # and look for the modules that are replaced here
             keep_packed(state.model, self._encoded)
         self._record.bits_per_weight = stored_bits_per_weight(state.model)
         logger.info(
@@ -185,8 +191,9 @@ class RWKVQuantModifier(RoutedModifier):
     def _attach(self, request: Request, state: State, coded: dict[str, nn.Linear]) -> None:
         """Attach the schemes of scalar weights, and prepare codebooks and saving."""
         self._record = self._new_record(request, state)
-        self._encoded = {}
+        self._encoded = {}  # what a run before this one encoded is of another model
         shared = (request, state, self._record, self._encoded)
+        # in the order in which they are called for every layer
         self._phases = (
             Run(request, state, self._record),
             CodebookRun(*shared, coded, self.codebook, self.refine_steps),

@@ -35,6 +35,7 @@ def keep_packed(model: PreTrainedModel, encoded: Mapping[str, CodebookWeight]) -
         model: the model.
         encoded: what stands for the weight of each module, by name.
     """
+    # a name stays, but what stands there is another module from here on
     pack_modules(model, {name: PackedFormat.of(weight) for name, weight in encoded.items()})
     for name, module in packed_modules(model).items():
         if name in encoded:
@@ -50,9 +51,11 @@ def _describe_on_save(model: PreTrainedModel) -> None:
 
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        # first: the host's section has to be in the file before it can move into ours
         save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         config = json.loads(path.read_text())
+        # read off the model as it is now: it may have been unpacked since it was quantized
         config["quantization_config"] = describe_codebooks(
             {name: module.form for name, module in packed_modules(model).items()},
             config.get("quantization_config"),

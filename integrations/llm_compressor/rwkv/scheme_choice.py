@@ -47,7 +47,7 @@ def deciding_together(
     """
     names = {linear: name for name, linear in linears.items()}
     groups = [[names[e] for e in expert_linears(layer) if e in names] for layer in layers]
-    taken = {name for group in groups for name in group}
+    taken = {name for group in groups for name in group}  # gate and up of an expert among them
     fused: dict[tuple[str, ...], list[str]] = {}
     for name in linears:
         if name not in taken:
@@ -77,7 +77,7 @@ def scheme_groups(
     groups = {}
     for size, names in by_size.items():
         fitted = weights.model_dump() | {"group_size": size}
-        if size is None and weights.group_size:
+        if size is None and weights.group_size:  # a scale per row is another strategy of the host
             fitted["strategy"] = "channel"
         name = f"{label}_{size or 'row'}"
         groups[name] = QuantizationScheme(targets=names, weights=QuantizationArgs(**fitted))

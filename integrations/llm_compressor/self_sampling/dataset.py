@@ -96,6 +96,7 @@ def sample_set(
         on_finished=writer.write,
         on_step=progress.advance,
     )
+    # one rank reads and writes the file; what it knows reaches the others in sampler.run()
     if file is not None and is_source_process():
         known = file.begin(_manifest(model, config, starts))
         sampler.finished = {sequence.index: sequence for sequence in known}

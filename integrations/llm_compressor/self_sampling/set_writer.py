@@ -57,4 +57,4 @@ class SetWriter:
                 f"cannot write {self._file.path} ({error}); sampling goes on in memory. The file "
                 "keeps what it has, and the same call continues it once there is room"
             )
-            self._file = None
+            self._file = None  # one message, not one for each sequence to come
