@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -20,7 +21,7 @@ from moeq_plugin.integrations.llm_compressor.moequant.routed_modifier import Rou
 from moeq_plugin.integrations.llm_compressor.moequant.run import Run
 from moeq_plugin.integrations.llm_compressor.rwkv.codebook_run import CodebookRun
 from moeq_plugin.integrations.llm_compressor.rwkv.elementwise_run import ElementwiseRun
-from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed, write_codebooks
 from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
     deciding_together,
     scheme_groups,
@@ -202,7 +203,8 @@ class RWKVQuantModifier(RoutedModifier):
             percentile, weighted = self.elementwise_percentile, self.elementwise_weighted
             elementwise = ElementwiseRun(*shared, self.elementwise, percentile, weighted)
             self._phases = (*self._phases, elementwise)
-        prepare_saving(state.model, self._start.layers, self._record)
+        describe = partial(write_codebooks, state.model)
+        prepare_saving(state.model, self._start.layers, self._record, describe)
 
     def _default_scheme(self) -> QuantizationScheme:
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
