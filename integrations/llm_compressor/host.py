@@ -37,10 +37,13 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.awq import base as awq_base
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import SequentialPipeline
+from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import nn
+from torch.fx.node import Argument, Node
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_PACKAGE = "moeq_plugin."
 _ALL_EXPERTS = "_CALIBRATE_ALL_EXPERTS"  # a global of the host's, read by experts as they run
 
 
@@ -69,6 +72,8 @@ def register() -> None:
     from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
     if not _is_ours(from_dataloader):
         setattr(IntermediatesCache, "from_dataloader", classmethod(_listening(from_dataloader)))  # noqa: B010 - likewise
+    if not _is_ours(SequentialTracer.create_arg):
+        setattr(SequentialTracer, "create_arg", _with_attention(SequentialTracer.create_arg))  # noqa: B010 - likewise
 
 
 def _is_ours(method: Callable[..., object]) -> bool:
@@ -140,8 +145,7 @@ _batch_listeners: WeakSet[BatchListener] = WeakSet()
 def listen_to_batches(listener: BatchListener, undo: ExitStack) -> None:
     """Tell ``listener`` of every cache of batches that is made until ``undo`` is closed.
 
-    Masks that reach the layers cannot be relied on: traced with ``attn_implementation="sdpa"``
-    some models receive none at all. Upstream would have to put the batches into ``state``.
+    A modifier sees only what its hooks see. Upstream would have to put the batches into ``state``.
     """
     _batch_listeners.add(listener)
     undo.callback(_batch_listeners.discard, listener)
@@ -158,6 +162,38 @@ def _listening(from_dataloader: Callable[..., IntermediatesCache]) -> Callable[.
         return cache
 
     return listening
+
+
+# --- causal masks --------------------------------------------------------------------------------
+
+
+def _with_attention(
+    create_arg: Callable[[SequentialTracer, object], Argument],
+) -> Callable[[SequentialTracer, object], Argument]:
+    """Let a traced model make the causal mask that it makes otherwise, in passes that serve us.
+
+    The host calibrates with eager attention, which is causal by its mask alone, but makes the mask
+    by a copy of the configuration that has forgotten so: families that choose their mask function
+    by a variable (Mixtral, Qwen3-MoE) get no mask, and every token sees those after it. Upstream
+    would have to copy the attention's name along.
+    """
+
+    @wraps(create_arg)
+    def with_attention(self: SequentialTracer, value: object) -> Argument:
+        argument = create_arg(self, value)
+        if isinstance(value, PreTrainedConfig) and isinstance(argument, Node) and _serves_us():
+            name = value._attn_implementation
+            argument.kwargs = {**argument.kwargs, "attn_implementation": name}
+        return argument
+
+    return with_attention
+
+
+def _serves_us() -> bool:
+    """Tell whether a modifier of ours is among those that the running pass serves."""
+    recipe = active_session().lifecycle.recipe
+    modifiers = recipe.modifiers if recipe is not None else []
+    return any(type(modifier).__module__.startswith(_PACKAGE) for modifier in modifiers)
 
 
 # --- experts on routed tokens --------------------------------------------------------------------
