@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -93,6 +94,18 @@ def running_tokenizer() -> PreTrainedTokenizerBase | None:
     processor = getattr(running.oneshot, "processor", None) if running is not None else None
     tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def stage_output(stage: AbstractContextManager[Path]) -> None:
+    """Let the running ``oneshot`` save to the directory that ``stage`` yields, and leave it then.
+
+    The host saves model and tokenizer one after the other. Upstream would have to publish a
+    directory once it is complete.
+    """
+    running = _running.get()
+    assert running is not None  # who has found its output directory has found it
+    directory = running.scope.enter_context(stage)
+    running.scope.enter_context(patch_attr(running.oneshot, "output_dir", str(directory)))
 
 
 def undo_with_oneshot(undo: ExitStack) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import match_named_modules
-from loguru import logger
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _DONE = (QuantizationStatus.FROZEN, QuantizationStatus.COMPRESSED)
@@ -141,38 +137,3 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
         f"group_size must divide the input columns of every weight; {advice} for these modules, "
         "or put them into `ignore`:\n" + "\n".join(lines)
     )
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Refuse an output directory that holds files or cannot be written.
-
-    Raises:
-        ValueError: if the directory is not empty, not a directory or not writable.
-    """
-    output_dir = output_dir.resolve()
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise ValueError(
-            f"output_dir {output_dir} is not empty; nothing was written. Choose a new directory, "
-            "or empty this one if nothing in it is needed."
-        )
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output_dir {output_dir} cannot be written ({existing} is not a writable directory); "
-            "nothing was calibrated yet."
-        )
-
-
-def check_running_output_dir() -> None:
-    """Check the output directory of the running ``oneshot``, which tells it to no modifier.
-
-    An error after hours of calibration would be worse than looking it up.
-    """
-    running = running_oneshot()
-    if running is None:
-        logger.warning(
-            "no running llmcompressor.oneshot is known, so its output directory is not checked "
-            "before calibration"
-        )
-    elif running.output_dir:
-        check_output_dir(Path(running.output_dir))

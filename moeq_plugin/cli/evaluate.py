@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeq_plugin.cli.shared import app, device, errors
+
+if TYPE_CHECKING:
+    from moeq_plugin.records.quality import QualityRecord
 
 _PACKAGES = ("moeq-plugin", "transformers", "torch")
 
@@ -54,6 +57,7 @@ def evaluate(
     from moeq_plugin.records.quality import QualityRecord
 
     with errors("eval"):
+        _check_json(out, [Path(base), Path(quant), *(text or ())])
         names = [name for name in (tasks or "").split(",") if name]
         check_request(bool(text or names), seq_len, num_sequences, batch_size, dtype)
         if names:
@@ -82,5 +86,20 @@ def evaluate(
         for line in summary(record):
             typer.echo(line)
         if out is not None:
-            record.save(out)
-            typer.echo(f"{out}: written")
+            _write(record, out)
+
+
+def _check_json(out: Path | None, reads: list[Path]) -> None:
+    """Refuse to write the result over something else, before anything is computed."""
+    from moeq_plugin.files.places import check_new_file, check_places
+    from moeq_plugin.records.quality import QualityRecord
+
+    check_places(reads={str(path): path for path in reads}, makes={"--json": out})
+    check_new_file("--json", out, QualityRecord.load)
+
+
+def _write(record: QualityRecord, out: Path) -> None:
+    from moeq_plugin.files.atomic import write_whole
+
+    write_whole(out, record.save)
+    typer.echo(f"{out}: written")

@@ -56,11 +56,17 @@ def plan(
             if probe:
                 typer.echo(_probe(model, scheme, dataset, num_calibration_samples, max_seq_length))
         return
-    from moeq_plugin.core.allocation import BitBudget, pareto_front
+    from moeq_plugin.core.allocation import Allocation, BitBudget, pareto_front
     from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.atomic import write_whole
+    from moeq_plugin.files.places import check_new_file, check_places
 
     with errors("plan"):
+        reads = {"MODEL": Path(model), "--dataset": dataset}
+        check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
+        check_new_file("--allocation", allocation, Allocation.load)
         if not sensitivity.exists():
+            check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
             _measure(model, sensitivity, dataset, option, num_calibration_samples, max_seq_length)
         table = SensitivityTable.load(sensitivity)
         budgets = [BitBudget(bits_per_weight=bits) for bits in bits_per_weight or ()]
@@ -74,7 +80,7 @@ def plan(
                 f"{found.value:.4g}; {chosen}"
             )
         if allocation is not None and front:
-            front[-1].save(allocation)
+            write_whole(allocation, front[-1].save)
 
 
 def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
@@ -152,6 +158,7 @@ def _measure(
     num_calibration_samples: int,
     max_seq_length: int,
 ) -> None:
+    from moeq_plugin.files.atomic import write_whole
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
@@ -163,5 +170,5 @@ def _measure(
         num_calibration_samples=num_calibration_samples if dataset is not None else 128,
         max_seq_length=max_seq_length if dataset is not None else 512,
     )
-    modifier.table.save(path)
+    write_whole(path, modifier.table.save)
     typer.echo(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")

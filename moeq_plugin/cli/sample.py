@@ -31,9 +31,14 @@ def sample(
         typer.Exit: with code 2 if the request cannot be met.
     """
     from moeq_plugin.core.sampling import EBSSConfig
+    from moeq_plugin.files.places import check_new_file, check_places
+    from moeq_plugin.files.sampled_set import SampledSetFile
     from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import sample_set
 
     with errors("sample"):
+        manifest = SampledSetFile(out).manifest_path
+        check_places(reads={"MODEL": Path(model)}, makes={"OUT": out, "its manifest": manifest})
+        check_new_file("OUT", out, lambda _: manifest.exists(), makes_parents=True)
         config = EBSSConfig(
             num_sequences=num_sequences,
             seq_len=seq_len,

@@ -26,10 +26,13 @@ def errors(command: str) -> Iterator[None]:
     """Turn what the request got wrong into a message and exit code 2.
 
     Raises:
-        typer.Exit: with that code.
+        typer.Exit: with that code, 130 if interrupted.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nmoeq {command}: interrupted", err=True)
+        raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"moeq {command}: {error}", err=True)
         raise typer.Exit(2) from None

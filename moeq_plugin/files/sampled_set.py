@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moeq_plugin.core.sampling import SampledSequence
-from moeq_plugin.files.atomic import write_whole
+from moeq_plugin.files.atomic import write_text
+from moeq_plugin.files.lock import locked
 
 _FORMAT = 1
 _IDENTITY = ("format", "model", "config", "prompts")  # what must agree to continue a set
@@ -31,6 +34,16 @@ class SampledSetFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest_path = path.with_suffix(".manifest.json")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing the set.
+
+        Raises:
+            InUseError: if one does.
+        """
+        with locked(self.path.with_name(f".{self.path.name}.lock"), self.path):
+            yield
 
     def begin(self, manifest: dict[str, Any]) -> list[SampledSequence]:
         """Start a new set or continue the one that is there; return what it contains.
@@ -72,6 +85,8 @@ class SampledSetFile:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(asdict(sequence)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError:
             with self.path.open("r+") as file:
                 file.truncate(size)
@@ -116,9 +131,9 @@ class SampledSetFile:
 
     def _rewrite(self, sequences: Iterable[SampledSequence]) -> None:
         lines = "".join(json.dumps(asdict(s)) + "\n" for s in sequences)
-        write_whole(self.path, lambda new: new.write_text(lines))
+        write_text(self.path, lines)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.manifest_path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(manifest, indent=1) + "\n"
-        write_whole(self.manifest_path, lambda new: new.write_text(content))
+        write_text(self.manifest_path, content)

@@ -19,6 +19,9 @@ import torch
 from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
+from moeq_plugin.files.new_directory import check_new_directory
+from moeq_plugin.files.places import check_places
+from moeq_plugin.files.publish import staged
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
 from moeq_plugin.integrations.hf.gptq import tensors as stored_linears
 from moeq_plugin.integrations.hf.gptq.config import GPTQFormat
@@ -26,7 +29,6 @@ from moeq_plugin.integrations.hf.gptq.files import (
     INDEX,
     ShardWriter,
     WeightFiles,
-    new_directory,
     write_json,
 )
 from moeq_plugin.integrations.hf.gptq.names import Names, rename_modules, renamer
@@ -87,6 +89,8 @@ def convert(
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; expected one of {list(FORMATS)}")
+    check_places(reads={"source": source}, makes={"out": out})
+    check_new_directory(out)
     config = read_json(source / "config.json")
     section = _section(source, config, to)
     files = WeightFiles(source)
@@ -94,14 +98,14 @@ def convert(
         plan = _plan_gptq(section, files, zero_points, renamer(config["model_type"], names))
     else:
         plan = _plan_packed(section, files, renamer(config["model_type"], Names.CHECKPOINT))
-    with new_directory(out) as unfinished:
+    with staged(out) as unfinished:
         _write_weights(files, plan, ShardWriter(unfinished))
         if to == "gptq":
             write_json(unfinished / QUANTIZE_CONFIG, plan.section)
         write_json(unfinished / "config.json", config | {"quantization_config": plan.section})
         for path in source.iterdir():
             if path.is_file() and path.name not in _OWN and path.suffix != ".safetensors":
-                shutil.copy2(path, unfinished)
+                shutil.copyfile(path, unfinished / path.name)
     return len(stored_linears.linears_in(files, plan.main))
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor import places
 from moeq_plugin.integrations.llm_compressor.awq.preflight import check_request
 from moeq_plugin.integrations.llm_compressor.awq.smoothing_record import Request
 from moeq_plugin.integrations.llm_compressor.awq.smoothing_run import Run
@@ -115,7 +115,7 @@ class MoEQuantAWQModifier(FrozenFields, AWQModifier):
         """
         layers = find_moe_layers(state.model)
         check_request(type(self).__name__, state, layers)
-        preflight.check_running_output_dir()
+        places.stage_running_output()
         request = Request(
             affinity_power=self.affinity_power,
             min_effective_tokens=self.min_effective_tokens,

@@ -12,10 +12,11 @@ from typing import Any
 from compressed_tensors.distributed import is_distributed, is_source_process
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from moeq_plugin.files.atomic import staged
+from moeq_plugin.files.publish import joined
 from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     is_loaded_linearized,
     linearized_rules,
@@ -87,14 +88,17 @@ def _write_on_save(
         wanted = Path(save_directory)
         # ranks write to one directory together, so there it has to be the one that was asked for
         with (
-            nullcontext(wanted) if is_distributed() else staged(wanted) as directory,
+            nullcontext(wanted) if is_distributed() else joined(wanted) as directory,
             parameters_stay_parameters(),
             exact_codes(),
         ):
             num_linears = sum(len(record.linears) for record, _ in noted)
             report_progress(Progress("save", 0, num_linears, "linears"))
             # the host's, which packs the codes and calls the method of transformers in turn
-            save_pretrained(directory, *args, **kwargs)
+            try:
+                save_pretrained(directory, *args, **kwargs)
+            except SafetensorError as error:  # a full disk, which is no OSError there
+                raise OSError(f"{wanted} cannot be written: {error}") from error
             # all ranks save their share, one writes what describes it
             if not is_source_process():
                 return

@@ -9,7 +9,7 @@ from llmcompressor.core import State
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import recipe
+from moeq_plugin.integrations.llm_compressor import places, recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
@@ -105,6 +105,8 @@ class MoEQuantModifier(RoutedModifier):
         self._allocator = self._make_allocator(state.model)
         # after the last refusal: from here on the host and the model are changed
         self._declare_data()
+        if self._kept_state is not None:
+            self._undo.enter_context(self._kept_state.held())
         if self._allocator is None or self._allocator.is_decided:
             self._attach(state)
         return True
@@ -143,6 +145,10 @@ class MoEQuantModifier(RoutedModifier):
         """Return what is kept of this run in ``work_dir``, identified by all it depends on."""
         if self.work_dir is None:
             return None
+        sensitivity = self.sensitivity if isinstance(self.sensitivity, str) else None
+        places.check_apart(
+            model, self.work_dir, sensitivity=sensitivity, allocation=self.allocation
+        )
         # the directory may have been moved: where it is does not change the result
         asked = {name: value for name, value in self.settings().items() if name != "work_dir"}
         identity = {
@@ -184,6 +190,8 @@ class MoEQuantModifier(RoutedModifier):
             request = request.with_groups(groups).ignoring(unquantized)
         self._record = self._new_record(request, state)
         self._phases = (Run(request, state, self._record, self._kept_state),)
+        work_dir = self._kept_state.path if self._kept_state is not None else None
+        places.check_running_room(state.model, work_dir)
         if allocator is not None:
             # patterns chose the linears: were they those that the allocation meant?
             allocator.check_attached()

@@ -14,7 +14,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
+from moeq_plugin.integrations.llm_compressor import host, places, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
@@ -116,7 +116,7 @@ class RoutedModifier(RoutedRecipe):
         recipe.check_stack(self, state.model, layers)
         calib = state.data.calib
         preflight.check_data(calib, type(self).__name__, has_experts=bool(layers))
-        preflight.check_running_output_dir()
+        places.stage_running_output()
         if not layers:
             logger.info("no MoE layers found: every linear gets plain GPTQ")
         self._start = Start(layers, calib is not None, time.monotonic())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from moeq_plugin.files.atomic import PARTIAL, write_whole
+from moeq_plugin.files.atomic import write_text, write_whole
+from moeq_plugin.files.lock import held_directory
+from moeq_plugin.files.work_dir import (
+    RUN_FILE,
+    TABLE_FILE,
+    TEXT_FILE,
+    check_work_dir,
+    holds_progress,
+    layer_name,
+    remove_partial,
+)
 from moeq_plugin.integrations.llm_compressor.calibration.ranks import gather
 from moeq_plugin.records.run import Basis, LinearRecord
 
-_RUN_FILE = "run.json"
 _SAMPLED_ELEMENTS = 2**16  # of every parameter
 
 
@@ -32,7 +42,7 @@ class RunState:
     """The directory of one run: what the run is, and what it has finished.
 
     Args:
-        path: created if it is not there.
+        path: created while it is :meth:`held`.
         run: what the result depends on beside the data, by name; values that JSON holds.
 
     Attributes:
@@ -42,10 +52,24 @@ class RunState:
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.text = self.path / "ebss.jsonl"
-        self.table = self.path / "moeq_sensitivity.json"
+        self.path = Path(path).absolute()
+        self.text = self.path / TEXT_FILE
+        self.table = self.path / TABLE_FILE
         self._run = dict(run)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the directory; ranks of one run are one process here.
+
+        Raises:
+            ValueError: if another process works there, or it holds files of something else.
+        """
+        check_work_dir(self.path)
+        if not is_source_process():
+            yield
+            return
+        with held_directory(self.path):
+            yield
 
     def begin(self, data: Iterable[Mapping[str, Any]] | None) -> None:
         """Make sure that the directory holds this run or none.
@@ -61,15 +85,10 @@ class RunState:
             # of every rank's part, in their order: all ranks come here
             self._run["data"] = gather(data_digest(data))
         run = json.loads(json.dumps(self._run))  # as it will be read: tuples are lists by then
-        self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / _RUN_FILE
-        before = json.loads(path.read_text()) if path.exists() else {}
-        foreign = [p.name for p in self.path.iterdir() if p.suffix != PARTIAL]
-        if foreign and not before:
-            raise ValueError(
-                f"work_dir {self.path} holds files of something else ({min(foreign)}, "
-                f"{len(foreign)} in all); choose a new or an empty directory"
-            )
+        check_work_dir(self.path)
+        path = self.path / RUN_FILE
+        # a run that has finished nothing has nothing to lose, whatever it was
+        before = json.loads(path.read_text()) if holds_progress(self.path) else {}
         changed = [name for name in run if name in before and before[name] != run[name]]
         if changed:
             lines = [f"  - {name}: was {before[name]!r}, is {run[name]!r}" for name in changed]
@@ -79,10 +98,11 @@ class RunState:
                 "anew. What differs:\n" + "\n".join(lines)
             )
         if is_source_process():
+            remove_partial(self.path)
             # what was known before stays: without data this comes once before the text is written
             # and once after
             content = json.dumps({**before, **run}, indent=1) + "\n"
-            write_whole(path, lambda new: new.write_text(content))
+            write_text(path, content)
 
     def keep(self, records: list[LinearRecord], modules: Mapping[str, nn.Module]) -> None:
         """Write what has just been finished.
@@ -101,7 +121,7 @@ class RunState:
             if parameter != "bias"  # which quantizing leaves alone
         }
         about = {"linears": json.dumps([asdict(record) for record in records])}
-        path = self.path / f"layer-{len(self._layers()):05d}.safetensors"
+        path = self.path / layer_name(len(self._layers()))
         try:
             write_whole(path, lambda new: save_file(tensors, new, metadata=about))
         except Exception as error:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def sample_set(
     """
     config = config or EBSSConfig()
     starts = _token_ids(prompts, tokenizer)
-    file = SampledSetFile(Path(path)) if path is not None else None
+    file = SampledSetFile(Path(path)) if path is not None and is_source_process() else None
     special, end = _special_ids(model, tokenizer)
     progress = TokenProgress(config.num_sequences * config.seq_len)
     writer = SetWriter(file)
@@ -97,19 +98,20 @@ def sample_set(
         on_step=progress.advance,
     )
     # one rank reads and writes the file; what it knows reaches the others in sampler.run()
-    if file is not None and is_source_process():
-        known = file.begin(_manifest(model, config, starts))
-        sampler.finished = {sequence.index: sequence for sequence in known}
-        progress.advance(sum(len(sequence.input_ids) for sequence in known))
-    try:
-        sequences = sampler.run()
-    except KeyboardInterrupt:
-        kept = f", kept in {file.path}" if file else " and lost: pass path= to keep them"
-        logger.warning(f"interrupted; {len(sampler.finished)} sequences are finished{kept}")
-        raise
-    finally:
-        progress.close()
-    writer.complete()
+    with nullcontext() if file is None else file.held():
+        if file is not None:
+            known = file.begin(_manifest(model, config, starts))
+            sampler.finished = {sequence.index: sequence for sequence in known}
+            progress.advance(sum(len(sequence.input_ids) for sequence in known))
+        try:
+            sequences = sampler.run()
+        except KeyboardInterrupt:
+            kept = f", kept in {file.path}" if file else " and lost: pass path= to keep them"
+            logger.warning(f"interrupted; {len(sampler.finished)} sequences are finished{kept}")
+            raise
+        finally:
+            progress.close()
+        writer.complete()
     return _as_set(sequences, sampler.starved, tokenizer)
 
 

@@ -36,7 +36,7 @@ class SetWriter:
     """Writes sequences as they come; a disk that is full ends the writing, not the sampling."""
 
     def __init__(self, file: SampledSetFile | None) -> None:
-        self._file = file if is_source_process() else None
+        self._file = file
 
     def write(self, sequence: SampledSequence) -> None:
         """Add a sequence to the file, if there is one."""
