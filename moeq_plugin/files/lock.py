@@ -39,7 +39,7 @@ def locked(file: Path, place: Path) -> Iterator[None]:
 
 @contextmanager
 def held_directory(directory: Path) -> Iterator[None]:
-    """Hold a directory; what is made for it is removed at the end, if it is empty then.
+    """Hold a directory; made if it is not there, and removed at the end if it is empty then.
 
     Args:
         directory: where nobody else who asks likewise may work.
@@ -47,14 +47,14 @@ def held_directory(directory: Path) -> Iterator[None]:
     Raises:
         InUseError: if another holder is alive.
     """
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    is_new = not directory.exists()
     try:
         with locked(directory / LOCK_FILE, directory):
             yield
     finally:
-        with suppress(OSError):  # it holds something, or is gone
-            for path in new:
-                path.rmdir()
+        if is_new:
+            with suppress(OSError):  # it holds something, or is gone
+                directory.rmdir()
 
 
 def _open_locked(file: Path, place: Path) -> int:
