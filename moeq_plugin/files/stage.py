@@ -40,8 +40,8 @@ def temporary_stage(directory: Path, *, beside: Path) -> Iterator[Path]:
         )
     with held_directory(temporary):
         shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed: it held the lock
-        stage.mkdir()
         try:
+            stage.mkdir()
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)

@@ -1,21 +1,17 @@
 """Where commands of a person write: the places that lose a run are refused before it begins."""
 
-import json
 import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import tiny_model, tokens
 
 pytest.importorskip("llmcompressor")
 
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from command_line import command, listing, write_tiny
 from typer.testing import CliRunner
 
 from moeq_plugin.cli import app
@@ -28,30 +24,12 @@ SCHEME = ("--scheme", "W4A16_G32")
 
 @pytest.fixture
 def tiny(tmp_path):
-    tiny_model("qwen3_moe", tmp_path / "model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(128)}, "0"))
-    ).save_pretrained(tmp_path / "model")
-    rows = tokens(16, 32).tolist()
-    text = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows)
-    (tmp_path / "data.jsonl").write_text(text)
-    return tmp_path
+    return write_tiny(tmp_path)
 
 
 def quantize(tiny, out="out", *arguments):
     request = ["quantize", str(tiny / "model"), str(tiny / out), "--dataset"]
     return runner.invoke(app, [*request, str(tiny / "data.jsonl"), *SCHEME, *map(str, arguments)])
-
-
-def listing(directory):
-    """Everything below a directory, with what tells a change: content, kind and mode."""
-    return {
-        str(path.relative_to(directory)): (
-            os.lstat(path).st_mode,
-            path.read_bytes() if path.is_file() else None,
-        )
-        for path in directory.rglob("*")
-    }
 
 
 def refused(done, message):
@@ -169,14 +147,10 @@ def test_a_disk_that_fills_up_is_a_sentence(size, tiny):
         refused(done, "moeq quantize: ")
         assert list((tiny / "disk").iterdir()) == []
     finally:
-        subprocess.run(["umount", str(tiny / "disk")], check=True)
+        subprocess.run(["umount", "-l", str(tiny / "disk")], check=True)
     resume = ["--resume"] if (tiny / "work").exists() else []
     done = quantize(tiny, "out", "--work-dir", tiny / "work", *resume)
     assert done.exit_code == 0, done.output
-
-
-def command(*arguments):
-    return [sys.executable, "-c", "from moeq_plugin.cli import main; main()", *map(str, arguments)]
 
 
 def test_two_starts_at_once_with_the_default_work_directory(tiny):
