@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +91,15 @@ def start(mode: str, place: Place, prepare: Callable[[], object] = lambda: None)
     try:
         tqdm.set_lock(threading.RLock())  # the default is shared: a killed one keeps it
         said = os.open(str(place.out) + ".said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        for stream in (1, 2):
+            os.dup2(said, stream)
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)  # pytest has its own there
         prepare()
         code = _run(mode, place)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 

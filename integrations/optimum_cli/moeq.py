@@ -37,8 +37,10 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from moeq_plugin.files.datasets import read_dataset
+        from moeq_plugin.files.new_directory import check_new_directory
         from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
+        check_new_directory(self.args.out)
         quantizer = MoEGPTQQuantizer(
             bits=self.args.bits,
             group_size=self.args.group_size,

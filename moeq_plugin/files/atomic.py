@@ -43,6 +43,17 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
+def remove_partial(path: Path) -> None:
+    """Remove what :func:`write_whole` has left beside a path when it was killed.
+
+    Args:
+        path: which no process is writing.
+    """
+    for beside in path.parent.iterdir():
+        if is_partial(beside.name, of=re.escape(path.name)):
+            beside.unlink()
+
+
 def is_partial(name: str, of: str) -> bool:
     """Tell whether a file name is one that :func:`write_whole` makes on its way.
 

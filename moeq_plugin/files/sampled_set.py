@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.core.sampling import SampledSequence
-from moeq_plugin.files.atomic import write_text
+from moeq_plugin.files.atomic import remove_partial, write_text
 from moeq_plugin.files.lock import locked
 
 _FORMAT = 1
@@ -43,6 +43,8 @@ class SampledSetFile:
             InUseError: if one does.
         """
         with locked(self.path.with_name(f".{self.path.name}.lock"), self.path):
+            for path in (self.path, self.manifest_path):  # of a process that was killed
+                remove_partial(path)
             yield
 
     def begin(self, manifest: dict[str, Any]) -> list[SampledSequence]:

@@ -12,10 +12,7 @@ from moeq_plugin.files.lock import LOCK_FILE, InUseError, held_directory
 RUN_FILE = "run.json"
 TEXT_FILE = "ebss.jsonl"  # a calibration set that the model has written
 TABLE_FILE = "moeq_sensitivity.json"
-_KEPT = (
-    rf"layer-\d{{5}}\.safetensors|measured-\d{{5}}\.json|{re.escape(TABLE_FILE)}"
-    r"|ebss\.jsonl|ebss\.manifest\.json"
-)
+_KEPT = rf"layer-\d{{5}}\.safetensors|{re.escape(TABLE_FILE)}|ebss\.jsonl|ebss\.manifest\.json"
 _OURS = rf"{_KEPT}|{re.escape(RUN_FILE)}"
 _LOCKS = {LOCK_FILE, f".{TEXT_FILE}.lock"}
 
@@ -23,11 +20,6 @@ _LOCKS = {LOCK_FILE, f".{TEXT_FILE}.lock"}
 def layer_name(number: int) -> str:
     """Return the name of the file with a quantized layer."""
     return f"layer-{number:05d}.safetensors"
-
-
-def measured_name(number: int) -> str:
-    """Return the name of the file with what was measured of a layer."""
-    return f"measured-{number:05d}.json"
 
 
 def holds_progress(directory: Path) -> bool:

@@ -25,7 +25,9 @@ COMMANDS = {
         {"b"},
     ),
     "plan": (["plan", "model", "--scheme", "W4A16_G32"], set()),
-    "plan --probe": (["plan", "deep", "--probe", "--scheme", "W8A16", "--dataset", "data.jsonl"], set()),
+    "plan --probe": (
+        ["plan", "deep", "--probe", "--scheme", "W8A16", "--dataset", "data.jsonl"], set()
+    ),
     "plan --sensitivity": (
         ["plan", "model", "--sensitivity", "s.json", "--dataset", "data.jsonl", "--option",
          "W4A16_G32", "--option", "W8A16_G32", "--bits-per-weight", "6", "--allocation", "a.json"],

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeq_plugin.files import work_dir
-from moeq_plugin.files.atomic import write_text, write_whole
+from moeq_plugin.files.atomic import remove_partial, write_text, write_whole
 from moeq_plugin.files.lock import InUseError, held_directory
 
 
@@ -119,3 +119,11 @@ def test_where_the_file_system_knows_no_locks_the_file_stands_for_one(tmp_path, 
         with pytest.raises(InUseError, match=r"If none is running, delete .*\.moeq\.lock"):
             second.__enter__()
     assert names(tmp_path) == []
+
+
+def test_what_a_kill_has_left_beside_a_file_goes_and_nothing_else(tmp_path):
+    theirs = [".a.b.12-0123abcd.partial", ".a.12-0123abcd.partial.bak", "a.partial", ".a.partial"]
+    for name in ["a", ".a.12-0123abcd.partial", *theirs]:
+        (tmp_path / name).write_text("")
+    remove_partial(tmp_path / "a")
+    assert names(tmp_path) == sorted(["a", *theirs])
