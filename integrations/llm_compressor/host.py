@@ -96,16 +96,11 @@ def running_tokenizer() -> PreTrainedTokenizerBase | None:
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
-def stage_output(stage: AbstractContextManager[Path]) -> None:
-    """Let the running ``oneshot`` save to the directory that ``stage`` yields, and leave it then.
-
-    The host saves model and tokenizer one after the other. Upstream would have to publish a
-    directory once it is complete.
-    """
+def enter_for_oneshot(context: AbstractContextManager[Path]) -> Path:
+    """Enter a context that the running ``oneshot`` leaves, with its error if it fails."""
     running = _running.get()
-    assert running is not None  # who has found its output directory has found it
-    directory = running.scope.enter_context(stage)
-    running.scope.enter_context(patch_attr(running.oneshot, "output_dir", str(directory)))
+    assert running is not None  # whoever has something for it to leave has found it
+    return running.scope.enter_context(context)
 
 
 def undo_with_oneshot(undo: ExitStack) -> None:
@@ -142,7 +137,7 @@ def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
     return noting
 
 
-# --- its batches ---------------------------------------------------------------------------------
+# --- its batches and its causal masks -------------------------------------------------------------
 
 
 class BatchListener(Protocol):
@@ -175,9 +170,6 @@ def _listening(from_dataloader: Callable[..., IntermediatesCache]) -> Callable[.
         return cache
 
     return listening
-
-
-# --- causal masks --------------------------------------------------------------------------------
 
 
 def _with_attention(
@@ -297,7 +289,7 @@ def neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
     return [], []
 
 
-# --- its solver ----------------------------------------------------------------------------------
+# --- its solver and its saving --------------------------------------------------------------------
 
 
 def solve_with_host(
@@ -317,9 +309,6 @@ def solve_with_host(
     modifier._hessians[linear] = hessian
     modifier._num_samples[linear] = torch.ones((), device=hessian.device)
     modifier.compress_module_list([linear])  # type: ignore[no-untyped-call] # the host's
-
-
-# --- saving --------------------------------------------------------------------------------------
 
 
 def replace_saving(model: PreTrainedModel, save: Callable[..., None]) -> None:
@@ -373,7 +362,7 @@ def parameters_stay_parameters() -> Iterator[None]:
         yield
 
 
-# --- its AWQ -------------------------------------------------------------------------------------
+# --- its AWQ and its progress bars ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -391,9 +380,6 @@ def without_pinning() -> Iterator[None]:
         return
     with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
         yield
-
-
-# --- its progress bars ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.distributed import is_distributed
+from compressed_tensors.utils import patch_attr
 from loguru import logger
 from torch import nn
 
@@ -14,7 +15,7 @@ from moeq_plugin.files.places import check_places
 from moeq_plugin.files.publish import staged
 from moeq_plugin.files.room import check_room
 from moeq_plugin.files.stage import is_stage, published_as
-from moeq_plugin.integrations.llm_compressor.host import running_oneshot, stage_output
+from moeq_plugin.integrations.llm_compressor.host import enter_for_oneshot, running_oneshot
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args, weight_of
 
 
@@ -36,7 +37,9 @@ def stage_running_output() -> None:
         if is_distributed() or is_stage(output_dir):
             check_new_directory(output_dir)
         else:
-            stage_output(staged(output_dir))
+            stage = enter_for_oneshot(staged(output_dir))
+            # left before the stage: upstream would have to publish a complete directory itself
+            enter_for_oneshot(patch_attr(running, "output_dir", str(stage)))
 
 
 def check_apart(model: nn.Module, work_dir: str | None, **reads: str | None) -> None:
