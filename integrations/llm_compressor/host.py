@@ -40,6 +40,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import nn
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 from torch.fx.node import Argument, Node
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,14 +61,21 @@ class _Running:
 
 
 _running: ContextVar[_Running | None] = ContextVar("running_oneshot", default=None)
+_checks: list[Callable[[Oneshot], None]] = []
 
 
-def register() -> None:
+def register(check: Callable[[Oneshot], None]) -> None:
     """Note from now on which ``Oneshot`` runs and which batches it caches; once per process.
 
     The host hands a modifier neither the output directory nor the processor, a data set not the
-    model, and nobody its batches. Upstream would have to pass them in ``state``.
+    model, and nobody its batches. Upstream would have to pass them in ``state``, and to ask
+    modifiers before it reads data.
+
+    Args:
+        check: called with every ``Oneshot`` that is about to run; may refuse it.
     """
+    if check not in _checks:
+        _checks.append(check)
     if not _is_ours(Oneshot.__call__):
         setattr(Oneshot, "__call__", _noting(Oneshot.__call__))  # noqa: B010 - not a plain method
     from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
@@ -132,9 +140,26 @@ def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
         with ExitStack() as scope:
             token = _running.set(_Running(self, scope))
             scope.callback(_running.reset, token)  # after all that was pushed on top of it
+            scope.callback(_forget_traced, frozenset(_wrapped_fns_to_patch))
+            for check in _checks:
+                check(self)
             call(self)
 
     return noting
+
+
+def _forget_traced(before: frozenset[tuple[int, str]]) -> None:
+    """Let go of the functions that the host has wrapped while it traced a model.
+
+    It compiles the forward of a layer anew for every run and marks it with ``torch.fx.wrap``, which
+    keeps its globals, and by way of them the model, for as long as the process lives. Upstream
+    would have to take the mark away again.
+
+    Args:
+        before: what was wrapped when the run began.
+    """
+    for key in set(_wrapped_fns_to_patch) - before:
+        del _wrapped_fns_to_patch[key]
 
 
 # --- its batches and its causal masks -------------------------------------------------------------

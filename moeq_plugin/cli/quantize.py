@@ -14,6 +14,7 @@ from moeq_plugin.cli.display import display
 from moeq_plugin.cli.health import complaint, health
 from moeq_plugin.cli.modifiers import of_recipe, of_request
 from moeq_plugin.cli.shared import app, errors, run_oneshot
+from moeq_plugin.cli.whole_model import check_whole
 from moeq_plugin.files.new_directory import check_new_directory
 from moeq_plugin.files.places import check_places
 from moeq_plugin.files.work_dir import (
@@ -85,6 +86,7 @@ def quantize(
         check_new_directory(out)
         _check_resume(work_dir, resume=resume)
         is_ours = may_go(work_dir)
+        check_whole(model)
         if recipe is None:
             modifiers = of_request(**request, target=target, work_dir=str(work_dir))
         else:

@@ -33,6 +33,8 @@ class SampledSetFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = hashlib.sha256()  # of the lines that this process has read and written
+        self._num_lines = 0
         self.manifest_path = path.with_suffix(".manifest.json")
 
     @contextmanager
@@ -75,6 +77,7 @@ class SampledSetFile:
             )
         sequences = self.read()
         self._rewrite(sequences)  # without the rest of a line that was cut off
+        self._note_lines(old)
         return sequences
 
     def append(self, sequence: SampledSequence) -> None:
@@ -84,36 +87,54 @@ class SampledSetFile:
             OSError: if the disk is full or the like; what was there stays loadable.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
+        line = _line(sequence)
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(asdict(sequence)) + "\n")
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
             with self.path.open("r+") as file:
                 file.truncate(size)
             raise
+        self._lines.update(line.encode())
+        self._num_lines += 1
+        self._note_lines(self.read_manifest())
 
     def complete(self) -> None:
-        """Note in the manifest that nothing is missing, and the hash of the lines."""
-        self._rewrite(sorted(self.read(), key=lambda sequence: sequence.index))
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self._write_manifest({**self.read_manifest(), "is_complete": True, "sha256": digest})
+        """Put the lines in order, and note in the manifest that nothing is missing."""
+        sequences = sorted(self.read(), key=lambda sequence: sequence.index)
+        # while the order changes no hash is right, and a process may be killed in between
+        self._write_manifest({**self.read_manifest(), "sha256": None})
+        self._rewrite(sequences)
+        self._note_lines({**self.read_manifest(), "is_complete": True})
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return the manifest."""
-        content: dict[str, Any] = json.loads(self.manifest_path.read_text())
+        """Return the manifest.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            content = json.loads(self.manifest_path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.manifest_path} is not a manifest: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.manifest_path} is not a manifest: {type(content).__name__}")
         return content
 
     def read(self) -> list[SampledSequence]:
         """Return the sequences; the last line may be cut off and is left out then.
 
         Raises:
-            ValueError: if another line cannot be read, or if a complete set was changed.
+            ValueError: if another line cannot be read, or if the set was changed.
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines()
+        content = self.path.read_bytes()
+        if self.manifest_path.exists():
+            self._check(content, self.read_manifest())
+        lines = content.decode(errors="replace").splitlines()
         sequences = []
         for number, line in enumerate(lines, 1):
             try:
@@ -123,19 +144,39 @@ class SampledSetFile:
                     raise ValueError(
                         f"{self.path}, line {number}: not a sequence: {error}"
                     ) from error
-        expected = self.read_manifest()["sha256"] if self.manifest_path.exists() else None
-        if expected not in {None, hashlib.sha256(self.path.read_bytes()).hexdigest()}:
+        return sequences
+
+    def _check(self, content: bytes, manifest: dict[str, Any]) -> None:
+        """Compare the lines that the manifest knows; a process that was killed leaves one more.
+
+        Raises:
+            ValueError: if they were changed.
+        """
+        expected, num_lines = manifest.get("sha256", ""), manifest.get("num_lines")
+        if isinstance(num_lines, int) and not manifest.get("is_complete"):
+            content = b"".join(content.splitlines(keepends=True)[:num_lines])
+        if expected not in {None, hashlib.sha256(content).hexdigest()}:
             raise ValueError(
                 f"{self.path} was changed after it was sampled: its hash is not the one in "
                 f"{self.manifest_path.name}; delete the manifest to use it all the same"
             )
-        return sequences
 
     def _rewrite(self, sequences: Iterable[SampledSequence]) -> None:
-        lines = "".join(json.dumps(asdict(s)) + "\n" for s in sequences)
-        write_text(self.path, lines)
+        lines = [_line(sequence) for sequence in sequences]
+        content = "".join(lines)
+        write_text(self.path, content)
+        self._lines, self._num_lines = hashlib.sha256(content.encode()), len(lines)
+
+    def _note_lines(self, manifest: dict[str, Any]) -> None:
+        """Write into the manifest what the lines are that there are by now."""
+        known = {"sha256": self._lines.hexdigest(), "num_lines": self._num_lines}
+        self._write_manifest({**manifest, **known})
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.manifest_path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(manifest, indent=1) + "\n"
         write_text(self.manifest_path, content)
+
+
+def _line(sequence: SampledSequence) -> str:
+    return json.dumps(asdict(sequence)) + "\n"

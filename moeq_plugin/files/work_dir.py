@@ -12,7 +12,8 @@ from moeq_plugin.files.lock import LOCK_FILE, InUseError, held_directory
 RUN_FILE = "run.json"
 TEXT_FILE = "ebss.jsonl"  # a calibration set that the model has written
 TABLE_FILE = "moeq_sensitivity.json"
-_KEPT = rf"layer-\d{{5}}\.safetensors|{re.escape(TABLE_FILE)}|ebss\.jsonl|ebss\.manifest\.json"
+_TABLE = rf"{re.escape(TABLE_FILE)}(\.sha256)?"  # and its digest
+_KEPT = rf"layer-\d{{5}}\.safetensors|{_TABLE}|ebss\.jsonl|ebss\.manifest\.json"
 _OURS = rf"{_KEPT}|{re.escape(RUN_FILE)}"
 _LOCKS = {LOCK_FILE, f".{TEXT_FILE}.lock"}
 

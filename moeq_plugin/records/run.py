@@ -23,6 +23,7 @@ class Basis(StrEnum):
     OWN = "own"  # its own tokens
     SHRUNK = "shrunk"  # too few tokens of its own: mixed with those of the whole layer
     LAYER = "layer"  # no token of its own: those of the whole layer
+    FEW = "few"  # its own tokens, too few, where there is no layer of experts to borrow from
     NONE = "none"  # nothing usable: weights rounded to nearest
 
 
@@ -101,11 +102,13 @@ class RunRecord:
         if self.linears:
             worst = min(self.linears, key=lambda record: record.effective_tokens)
             tail = f"; fewest effective tokens {worst.effective_tokens:.1f} ({worst.name})"
+        num_few = self.count(Basis.FEW)
+        few = f"{num_few} on fewer tokens than they need, " if num_few else ""
         return (
             f"quantized {len(self.linears)} of {num_targets} linears, "
             f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
-            f"{self.count(Basis.NONE)} rounded to nearest{tail}"
+            f"{few}{self.count(Basis.NONE)} rounded to nearest{tail}"
         )
 
     def _smoothing_summary(self) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from moeq_plugin.core.allocation import Allocation, allocate_bits
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.files.atomic import write_whole
+from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.decision import Decision
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
@@ -105,7 +105,7 @@ class BitAllocator:
         """Return the choice by name; raises as :attr:`decision` does."""
         return self.decision.allocation
 
-    def measure(self, modifier: SensitivityModifier, state: State, kept: Path | None) -> None:
+    def measure(self, modifier: SensitivityModifier, state: State, kept: SealedFile | None) -> None:
         """Measure sensitivities on the calibration data and choose.
 
         Args:
@@ -114,12 +114,12 @@ class BitAllocator:
             kept: where the table is kept once it has been measured, and found if it was.
         """
         # files appear whole: one that is there is a table that was finished, of this very run
-        if kept is not None and kept.exists():
-            self._solve(SensitivityTable.load(kept))
+        if kept is not None and kept.is_there():
+            self._solve(SensitivityTable.load(kept.path))
             return
         table = measure_sensitivity(modifier, state)
         if kept is not None and is_source_process():
-            write_whole(kept, table.save)
+            kept.write(table.save)
         self._solve(table)
 
     def config_groups(self) -> tuple[dict[str, QuantizationScheme], list[str]]:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.domains import Domains
 from moeq_plugin.integrations.llm_compressor.allocation.halves import Halves
@@ -37,11 +38,12 @@ from moeq_plugin.integrations.llm_compressor.host import (
     run_routed_tokens_only,
     undo_with_oneshot,
 )
+from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import layer_progress, report_progress
 
 
-class SensitivityModifier(FrozenFields, Modifier):
+class SensitivityModifier(FrozenFields, OneRun, Modifier):
     """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
 
     The loss of linear ``l`` at option ``b`` is ``E[g^2 . (dW_b x)^2] / 2`` in nats per token:
@@ -113,7 +115,8 @@ class SensitivityModifier(FrozenFields, Modifier):
         Raises:
             ValueError: if an option is unknown, a target matches nothing or there are no data.
         """
-        _calibration_data(state)
+        preflight.count_tokens(_calibration_data(state), state.model)
+        preflight.check_finite_weights(state.model)
         self._layers = find_moe_layers(state.model)
         self._choices = Choices.of(
             state.model,

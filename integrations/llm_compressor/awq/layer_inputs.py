@@ -70,7 +70,7 @@ class LayerInputs:
         """
         linear = judged_alone(mapping)
         moments = self.moments[linear] if linear is not None else None
-        if moments is None or moments.basis is Basis.OWN:
+        if moments is None or moments.basis in {Basis.OWN, Basis.FEW}:
             return self.magnitudes[mapping.smooth_name]
         squares = moments.hessian.diagonal() / (2 * moments.weight_sum)
         return Magnitude(squares.sqrt(), torch.ones(()))

@@ -25,11 +25,12 @@ from moeq_plugin.integrations.llm_compressor.awq.smoothing_record import Request
 from moeq_plugin.integrations.llm_compressor.awq.smoothing_run import Run
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 from moeq_plugin.integrations.llm_compressor.host import forget_failure, undo_with_oneshot
+from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import RunRecord
 
 
-class MoEQuantAWQModifier(FrozenFields, AWQModifier):
+class MoEQuantAWQModifier(FrozenFields, OneRun, AWQModifier):
     """Move scales between modules as AWQ does, judging those of an expert by its own tokens.
 
     For a linear inside an expert the scales ``s`` are those with the least

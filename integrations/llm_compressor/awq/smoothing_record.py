@@ -100,7 +100,8 @@ def note_uncalled(record: RunRecord, mappings: Iterable[ResolvedMapping]) -> Non
 
 def report(record: RunRecord) -> None:
     """Name the experts that borrowed, then say in one line what was smoothed."""
-    borrowed = [name for name, of in record.smoothed.items() if of["basis"] is not Basis.OWN]
+    own = {Basis.OWN, Basis.FEW}
+    borrowed = [name for name, of in record.smoothed.items() if of["basis"] not in own]
     if borrowed:
         logger.warning(
             f"{len(borrowed)} modules saw fewer effective tokens than they have features; "

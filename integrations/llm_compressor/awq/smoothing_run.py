@@ -38,6 +38,7 @@ from moeq_plugin.integrations.llm_compressor.host import (
     undo_with_oneshot,
 )
 from moeq_plugin.integrations.llm_compressor.schemes import unquantized
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed, mark_finished
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.environment import run_facts
 from moeq_plugin.records.run import Basis
@@ -112,7 +113,10 @@ class Run:
             inputs = calibration.layer_inputs(self._request.min_effective_tokens)
             mappings = [m for m in self._search.resolved if m.smooth_name in inputs.magnitudes]
             judged = [mapping for mapping in mappings if inputs.has_tokens(mapping)]
-            with ranks.own_copies(self._changed_modules(mappings, inputs)):
+            changed = self._changed_modules(mappings, inputs)
+            for module in changed:
+                mark_changed(module)
+            with ranks.own_copies(changed):
                 choices = self._search.smooth(state, event, judged, inputs)
                 self._clip(choices, inputs)
         note_chosen(self.record, choices, inputs, calibration.is_weighted)
@@ -130,6 +134,7 @@ class Run:
         self.record.run = run_facts(self._began)
         report(self.record)
         self._search.finalize(state)
+        mark_finished(state.model.modules())
 
     def _changed_modules(
         self, mappings: list[ResolvedMapping], inputs: LayerInputs

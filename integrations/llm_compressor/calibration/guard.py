@@ -37,7 +37,8 @@ def guard(
     effective = moments.effective_tokens
     is_fed = effective >= threshold or (effective > 0 and shrinkage == 0)
     if position is None or position.expert is None or is_fed:
-        basis = Basis.OWN if effective > 0 else Basis.NONE
+        own = Basis.OWN if is_fed else Basis.FEW
+        basis = own if effective > 0 else Basis.NONE
         return moments.hessian, moments.weight_sum.item(), basis
     sample = calibration.samples[position.layer.experts]
     of_layer = layer_moments(observation, position.layer.expert(position.expert), sample)

@@ -17,10 +17,11 @@ from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import Sensi
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
+from moeq_plugin.integrations.llm_compressor.moequant.identity import model_digest
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_modifier import RoutedModifier
 from moeq_plugin.integrations.llm_compressor.moequant.run import Run
-from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState, model_digest
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.models.scheme_units import Target
 from moeq_plugin.records.environment import versions
 

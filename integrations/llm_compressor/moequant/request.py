@@ -67,8 +67,11 @@ class Request:
         if groups is not None:
             fields |= {"scheme": None, "config_groups": dict(groups)}
         # asked of a modifier that is thrown away, since each keeps what it has worked out
-        targets = GPTQModifier(**deepcopy(fields)).resolved_targets
+        stock = GPTQModifier(**deepcopy(fields))
+        targets = stock.resolved_targets
         preflight.check_targets(model, targets)
+        preflight.warn_of_ignored(model, stock.ignore)
+        preflight.check_groups(model, stock.resolved_config.config_groups)
         kept = preflight.kept_by_default(model, layers, targets)
         request = cls(
             modifier=type(recipe).__name__,
@@ -82,6 +85,7 @@ class Request:
             shrinkage=recipe.shrinkage,
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
+        preflight.check_untouched(model)
         return request
 
     def targeted(self, model: nn.Module) -> dict[nn.Module, str]:

@@ -27,12 +27,14 @@ from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.integrations.llm_compressor.schemes import (
     describe,
+    detach_scheme,
     grid_of,
     observes_activations,
     weight_args,
     weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
@@ -71,11 +73,13 @@ class Run:
         # a modifier of the host's that no recipe holds: it gets no events but those handed on here
         self._host = _Host(**deepcopy(dict(request.host_fields)))
         self._host._solve = self._solve_layer
-        self._host.on_initialize(state)
         self._names = request.targeted(state.model)
+        # what is still to be quantized; shrinks as records are written
+        self._pending = dict(self._names)
+        self._undo.callback(self._detach_pending)
+        self._host.on_initialize(state)
         attached = {module: weight_args(module) for module in self._names}
         self._args = {module: args for module, args in attached.items() if args is not None}
-        # what is still to be quantized; shrinks as records are written
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
         self._padding = PaddingWatch(state)
@@ -144,10 +148,15 @@ class Run:
 
     def close(self, state: State) -> None:
         """Say in one line whether every linear was quantized as asked."""
-        unwell = self.record.count(Basis.NONE) or self._pending
+        unwell = any(self.record.count(basis) for basis in (Basis.NONE, Basis.FEW)) or self._pending
         num_targets = len(self.record.linears) + len(self._pending)
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
         self._host.on_finalize(state)
+
+    def _detach_pending(self) -> None:
+        """After a failure: leave what was not quantized as it was before the run."""
+        for module in self._pending:
+            detach_scheme(module)
 
     def _restore(self) -> None:
         """Take over what an earlier process has finished; it runs along and is not observed."""
@@ -217,6 +226,7 @@ class Run:
         for job in stack:
             revive_dead_columns(job.hessian)  # the host would set their weights to zero
             for linear in job.linears:
+                mark_changed(linear)
                 # a copy for each: the host changes it, and siblings share it
                 host.solve_with_host(self._host, linear, self._names[linear], job.hessian.clone())
                 self._note(linear, job, job.basis, None)

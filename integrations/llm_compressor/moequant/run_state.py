@@ -1,28 +1,26 @@
 """State of a run on disk, layer by layer, so that a killed run goes on where it was.
 
 Every file appears whole or not at all: it is written beside its place, flushed to the disk and
-renamed. What has been kept is therefore sound after a kill, a full disk or a power failure.
+renamed. What has been kept is therefore sound after a kill, a full disk or a power failure. Every
+file also holds a digest, or has one beside it, so that what somebody or the disk has changed since
+is refused and not built upon.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import update_offload_parameter
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from moeq_plugin.files.atomic import write_text, write_whole
+from moeq_plugin.files.atomic import write_whole
 from moeq_plugin.files.lock import held_directory
+from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.files.work_dir import (
     RUN_FILE,
     TABLE_FILE,
@@ -33,9 +31,15 @@ from moeq_plugin.files.work_dir import (
     remove_partial,
 )
 from moeq_plugin.integrations.llm_compressor.calibration.ranks import gather
-from moeq_plugin.records.run import Basis, LinearRecord
-
-_SAMPLED_ELEMENTS = 2**16  # of every parameter
+from moeq_plugin.integrations.llm_compressor.moequant.identity import data_digest
+from moeq_plugin.integrations.llm_compressor.moequant.kept_layer import KeptLayer
+from moeq_plugin.integrations.llm_compressor.moequant.run_file import (
+    read_run,
+    run_digest,
+    write_run,
+)
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
+from moeq_plugin.records.run import LinearRecord
 
 
 class RunState:
@@ -54,7 +58,7 @@ class RunState:
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path).absolute()
         self.text = self.path / TEXT_FILE
-        self.table = self.path / TABLE_FILE
+        self.table = SealedFile(self.path / TABLE_FILE)
         self._run = dict(run)
 
     @contextmanager
@@ -88,7 +92,7 @@ class RunState:
         check_work_dir(self.path)
         path = self.path / RUN_FILE
         # a run that has finished nothing has nothing to lose, whatever it was
-        before = json.loads(path.read_text()) if holds_progress(self.path) else {}
+        before = read_run(path) if holds_progress(self.path) else {}
         changed = [name for name in run if name in before and before[name] != run[name]]
         if changed:
             lines = [f"  - {name}: was {before[name]!r}, is {run[name]!r}" for name in changed]
@@ -101,8 +105,7 @@ class RunState:
             remove_partial(self.path)
             # what was known before stays: without data this comes once before the text is written
             # and once after
-            content = json.dumps({**before, **run}, indent=1) + "\n"
-            write_text(path, content)
+            write_run(path, {**before, **run})
 
     def keep(self, records: list[LinearRecord], modules: Mapping[str, nn.Module]) -> None:
         """Write what has just been finished.
@@ -120,10 +123,10 @@ class RunState:
             for parameter, tensor in modules[record.name].named_parameters(recurse=False)
             if parameter != "bias"  # which quantizing leaves alone
         }
-        about = {"linears": json.dumps([asdict(record) for record in records])}
-        path = self.path / layer_name(len(self._layers()))
+        layer, number = KeptLayer(records, tensors), len(self._layers())
+        path = self._layer_path(number)
         try:
-            write_whole(path, lambda new: save_file(tensors, new, metadata=about))
+            write_whole(path, lambda new: layer.write(new, self._place(number)))
         except Exception as error:
             raise OSError(
                 f"cannot keep the state of {len(records)} linears in {path}: {error}. What was "
@@ -139,57 +142,41 @@ class RunState:
         Raises:
             ValueError: if a file is not what was kept.
         """
-        return [record for path in self._layers() for record in self._restore_layer(path, modules)]
+        paths = self._layers()
+        missing = [path for number, path in enumerate(paths) if path != self._layer_path(number)]
+        if missing:
+            gone = self._layer_path(paths.index(missing[0]))
+            raise ValueError(f"{gone} is not there any more; delete {self.path} to start anew")
+        records = []
+        for number in range(len(paths)):
+            layer = self._read_layer(number, modules)
+            records += layer.records
+            for key, tensor in layer.tensors.items():
+                name, _, parameter = key.rpartition(".")
+                mark_changed(modules[name])
+                update_offload_parameter(modules[name], parameter, tensor)
+        return records
 
-    def _restore_layer(self, path: Path, modules: Mapping[str, nn.Module]) -> list[LinearRecord]:
+    def _read_layer(self, number: int, modules: Mapping[str, nn.Module]) -> KeptLayer:
+        path = self._layer_path(number)
         try:
-            with safe_open(path, framework="pt") as file:
-                entries = json.loads(file.metadata()["linears"])
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    name, _, parameter = key.rpartition(".")
-                    update_offload_parameter(modules[name], parameter, file.get_tensor(key))
-            return [LinearRecord(**{**entry, "basis": Basis(entry["basis"])}) for entry in entries]
+            layer = KeptLayer.read(path, self._place(number))
+            for key in layer.tensors:
+                name, _, parameter = key.rpartition(".")
+                modules[name].get_parameter(parameter)
         except Exception as error:  # it was whole when it appeared, so somebody changed it since
             raise ValueError(
                 f"{path} was changed after it had been kept ({error}); delete {self.path} to start "
                 "anew"
             ) from error
+        return layer
+
+    def _layer_path(self, number: int) -> Path:
+        return self.path / layer_name(number)
+
+    def _place(self, number: int) -> str:
+        """Return what a layer belongs to: this run, as its so manieth."""
+        return f"{number} {run_digest(json.loads(json.dumps(self._run)))}"
 
     def _layers(self) -> list[Path]:
         return sorted(self.path.glob("layer-*.safetensors"))
-
-
-def model_digest(model: nn.Module) -> str:
-    """Return a digest of a model: names, shapes, types and up to 65,536 elements of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].contiguous().cpu()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    """Return a digest of calibration batches, in their order.
-
-    Raises:
-        ValueError: if the order changes from one pass over the data to the next.
-    """
-    first, second = _digest_of(batches), _digest_of(batches)
-    if first != second:
-        raise ValueError(
-            "work_dir needs calibration data that come in the same order every time, or a run "
-            "could not be continued: use shuffle_calibration_samples=False and a DataLoader "
-            "without shuffling"
-        )
-    return first
-
-
-def _digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(name.encode())
-            digest.update(str(torch.as_tensor(batch[name]).tolist()).encode())
-    return digest.hexdigest()

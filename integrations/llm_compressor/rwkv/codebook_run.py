@@ -20,12 +20,14 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import Cal
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 
 def take_encoded(module: nn.Module, encoded: CodebookWeight) -> str:
     """Let a module run on its encoded weight from now on; return the format in words."""
+    mark_changed(module)
     update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
     form = encoded.form
     return (
