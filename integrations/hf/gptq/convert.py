@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
@@ -30,6 +29,7 @@ from moeq_plugin.integrations.hf.gptq.files import (
     write_json,
 )
 from moeq_plugin.integrations.hf.gptq.names import Names, rename_modules, renamer
+from moeq_plugin.untrusted.reading import read_json
 
 FORMATS = ("gptq", "compressed-tensors")
 QUANTIZE_CONFIG = "quantize_config.json"

@@ -1,0 +1,142 @@
+"""Match patterns of strangers in a time that is bounded by their length and that of the name.
+
+``re`` tries all ways in which a pattern can fit, and for ``(a+)+$`` there are ``2 ** n`` of them.
+:func:`most_ways` counts from above how many there can be. A pattern with few is left to ``re``,
+which is fastest; any other is run as an automaton, whose time is linear in the name. Readers that
+know only ``re`` are not given a pattern with too many: :func:`check_for_readers`.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+# no stubs describe the parser of `re`, whose tree is the only one that means what `re` means
+from re import _constants as ops  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any, Protocol
+
+from moeq_plugin.untrusted.automaton import Automaton
+
+MAX_NAME = 1024  # characters of a tensor's name; transformers' longest have some 150
+MAX_PATTERN = 20_000
+_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT)
+_FEW_WAYS, _TOO_MANY = 1 << 16, 1 << 64
+# two repeats on the way; three would keep `re` busy for a tenth of a second with every name
+_READERS_NAME, _READERS_WAYS = 100, 10**6
+
+
+class Matcher(Protocol):
+    """What matches at the start of a name, as a compiled pattern does."""
+
+    def match(self, name: str, /) -> object: ...
+
+
+@lru_cache(4096)
+def compiled(pattern: str) -> Matcher:
+    """Return a matcher that means the same as ``re.compile(pattern)`` and never runs away.
+
+    Raises:
+        ValueError: if it is no pattern, or one that cannot be matched in linear time: with
+            references to groups or looking behind, and many ways to fit.
+    """
+    tree = _parsed(pattern)
+    try:
+        if most_ways(tree, MAX_NAME) <= _FEW_WAYS:
+            return re.compile(pattern)
+        return Automaton(tree)
+    except (RecursionError, OverflowError):
+        raise ValueError(f"the pattern {ascii(pattern)[:200]} is nested too deep") from None
+
+
+def check_for_readers(pattern: str) -> None:
+    """Refuse a pattern that would keep a reader busy which matches it by ``re``.
+
+    Raises:
+        ValueError: if it can fit the name of a module in more than a million ways.
+    """
+    tree = _parsed(pattern)
+    try:
+        ways = most_ways(tree, _READERS_NAME)
+    except RecursionError:
+        ways = _TOO_MANY
+    if ways > _READERS_WAYS:
+        raise ValueError(
+            f"the pattern {ascii(pattern)[:200]} can fit a name in more than {_READERS_WAYS} ways, "
+            "which readers would try one by one; write it without a repeat inside a repeat"
+        )
+
+
+def check_content(content: Any) -> None:
+    """Refuse a config or recipe with such a pattern anywhere in it.
+
+    Args:
+        content: plain data; patterns are the strings that begin with ``re:``, and the keys of
+            ``dynamic`` of the GPTQ dialect.
+
+    Raises:
+        ValueError: likewise.
+    """
+    waiting = [content]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, str) and found.startswith("re:"):
+            check_for_readers(found.removeprefix("re:"))
+        elif isinstance(found, list | tuple):
+            waiting.extend(found)
+        elif isinstance(found, dict):
+            waiting.extend(found.values())
+            dynamic = found.get("dynamic")
+            for pattern in dynamic if isinstance(dynamic, dict) else ():
+                check_for_readers(pattern.removeprefix("-:").removeprefix("+:"))
+
+
+def _parsed(pattern: str) -> Any:
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"a pattern of {len(pattern)} characters; at most {MAX_PATTERN} are read")
+    try:
+        return parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError) as cause:
+        raise ValueError(f"{ascii(pattern)[:200]} is no pattern: {cause}") from None
+
+
+def most_ways(tree: Any, length: int) -> int:
+    """Return a number that backtracking over a name of that length cannot exceed.
+
+    It is the number of ways in which the parts of the pattern can share the name among them.
+    """
+    items = list(tree)
+    if items and items[-1][0] in _REPEATS and _ways(list(items[-1][1][2]), length) == 1:
+        items.pop()  # whatever it takes, nothing follows that could make it take less
+    return _ways(items, length)
+
+
+def _ways(items: list[tuple[Any, Any]], length: int) -> int:
+    ways = 1
+    for op, value in items:
+        if op in _REPEATS:
+            ways *= _ways_to_repeat(*value, length)
+        elif op is ops.BRANCH:
+            ways *= sum(_ways(list(branch), length) for branch in value[1])
+        elif op is ops.SUBPATTERN:
+            ways *= _ways(list(value[3]), length)
+        elif op in (ops.ASSERT, ops.ASSERT_NOT):
+            ways *= 1 + _ways(list(value[1]), length)
+        elif op is ops.ATOMIC_GROUP:
+            ways *= _ways(list(value), length)
+        elif op is ops.GROUPREF_EXISTS:
+            ways *= sum(_ways(list(branch), length) for branch in value[1:] if branch is not None)
+        if ways > _TOO_MANY:  # enough to know; no numbers of thousands of digits
+            return ways
+    return ways
+
+
+def _ways_to_repeat(low: int, high: Any, body: Any, length: int) -> int:
+    inner, shortest = _ways(list(body), length), body.getwidth()[0]
+    if shortest == 0 and low > length:
+        return _TOO_MANY  # `re` repeats even nothing as often as it is told to
+    high = max(min(int(high), length // max(shortest, 1) + 1), low)
+    counts = high - low + 1
+    if inner == 1:
+        return counts
+    return counts * int(inner**high) if high < 64 else _TOO_MANY
