@@ -25,11 +25,48 @@ HIDDEN, WIDTH, VOCABULARY, GROUP = 32, 32, 250_000, 32
 MODEL = Path(__file__).parents[1] / "examples" / "assets" / "tiny_moe"
 
 
+class _Shards:
+    """Files of tensors, whose headers stay below the limit of the safetensors library."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.file_of: dict[str, str] = {}
+        self.header: dict[str, Any] = {}
+        self.data: list[bytes] = []
+        self.end = 0
+
+    def add(self, name: str, dtype: str, content: Any) -> None:
+        raw = content.tobytes()
+        offsets, shape = [self.end, self.end + len(raw)], list(content.shape)
+        self.header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        self.data.append(raw)
+        self.end += len(raw)
+        if len(self.header) >= 100_000:
+            self.write()
+
+    def write(self) -> None:
+        name = f"model-{len(set(self.file_of.values())):05}.safetensors"
+        text = json.dumps(self.header).encode()
+        with (self.directory / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.writelines(self.data)
+        self.file_of |= dict.fromkeys(self.header, name)
+        self.header, self.data, self.end = {}, [], 0
+
+    def finish(self) -> int:
+        if self.header:
+            self.write()
+        index = {"metadata": {}, "weight_map": self.file_of}
+        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        return len(self.file_of)
+
+
 def write_checkpoint(directory: Path, layers: int, experts: int, *, is_quantized: bool) -> int:
     """Write a sound checkpoint of random numbers; return how many tensors it has."""
     import numpy as np
 
-    random, header, end = np.random.default_rng(0), {}, 0
+    random = np.random.default_rng(0)
+    shards = _Shards(directory)
     scheme = {
         "targets": ["Linear"],
         "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
@@ -49,56 +86,44 @@ def write_checkpoint(directory: Path, layers: int, experts: int, *, is_quantized
         }  # fmt: skip
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    with (directory / "data").open("wb") as data:
 
-        def add(name: str, dtype: str, content: Any) -> None:
-            nonlocal end
-            raw = content.tobytes()
-            offsets = [end, end + len(raw)]
-            header[name] = {"dtype": dtype, "shape": list(content.shape), "data_offsets": offsets}
-            data.write(raw)
-            end += len(raw)
+    def plain(name: str, *shape: int) -> None:
+        shards.add(name, "BF16", random.integers(0x3C00, 0x3D00, shape, np.uint16))
 
-        def plain(name: str, *shape: int) -> None:
-            add(name, "BF16", random.integers(0x3C00, 0x3D00, shape, np.uint16))
+    def linear(name: str, rows: int, columns: int) -> None:
+        if not is_quantized:
+            plain(f"{name}.weight", rows, columns)
+            return
+        codes = random.integers(-(1 << 31), 1 << 31, (rows, columns // 8), np.int64)
+        shards.add(f"{name}.weight_packed", "I32", codes.astype(np.int32))
+        plain(f"{name}.weight_scale", rows, columns // GROUP)
+        shards.add(f"{name}.weight_shape", "I64", np.array([rows, columns]))
 
-        def linear(name: str, rows: int, columns: int) -> None:
-            if not is_quantized:
-                plain(f"{name}.weight", rows, columns)
-                return
-            codes = random.integers(-(1 << 31), 1 << 31, (rows, columns // 8), np.int64)
-            add(f"{name}.weight_packed", "I32", codes.astype(np.int32))
-            plain(f"{name}.weight_scale", rows, columns // GROUP)
-            add(f"{name}.weight_shape", "I64", np.array([rows, columns]))
-
-        plain("model.embed_tokens.weight", VOCABULARY, HIDDEN)
-        plain("lm_head.weight", VOCABULARY, HIDDEN)
-        plain("model.norm.weight", HIDDEN)
-        for layer in range(layers):
-            prefix = f"model.layers.{layer}"
-            for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN),
-                               ("self_attn.q_norm", 16), ("self_attn.k_norm", 16)):  # fmt: skip
-                plain(f"{prefix}.{norm}.weight", size)
-            for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                linear(f"{prefix}.self_attn.{projection}", HIDDEN, HIDDEN)
-            plain(f"{prefix}.mlp.gate.weight", experts, HIDDEN)
-            for expert in range(experts):
-                linear(f"{prefix}.mlp.experts.{expert}.gate_proj", WIDTH, HIDDEN)
-                linear(f"{prefix}.mlp.experts.{expert}.up_proj", WIDTH, HIDDEN)
-                linear(f"{prefix}.mlp.experts.{expert}.down_proj", HIDDEN, WIDTH)
-    text = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write((directory / "data").read_bytes())
-    (directory / "data").unlink()
-    return len(header)
+    plain("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    plain("lm_head.weight", VOCABULARY, HIDDEN)
+    plain("model.norm.weight", HIDDEN)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN),
+                           ("self_attn.q_norm", 16), ("self_attn.k_norm", 16)):  # fmt: skip
+            plain(f"{prefix}.{norm}.weight", size)
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear(f"{prefix}.self_attn.{projection}", HIDDEN, HIDDEN)
+        plain(f"{prefix}.mlp.gate.weight", experts, HIDDEN)
+        for expert in range(experts):
+            linear(f"{prefix}.mlp.experts.{expert}.gate_proj", WIDTH, HIDDEN)
+            linear(f"{prefix}.mlp.experts.{expert}.up_proj", WIDTH, HIDDEN)
+            linear(f"{prefix}.mlp.experts.{expert}.down_proj", HIDDEN, WIDTH)
+    return shards.finish()
 
 
 def measure_reading(task: str, layers: int, experts: int) -> dict[str, Any]:
     """Time one command on one checkpoint."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "checkpoint"
-        size = write_checkpoint(directory, layers, experts, is_quantized=task != "plan")
+        point = {"task": "write", "directory": str(directory), "layers": layers}
+        point |= {"experts": experts, "is_quantized": task != "plan"}
+        size = in_process(point)["size"]  # elsewhere: its memory is none of the reader's
         before, began = peak_bytes(), time.process_time()
         if task == "inspect":
             from moeq_plugin.checkpoint.overview import inspect_model
@@ -142,10 +167,10 @@ def measure_runs(runs: int) -> dict[str, Any]:
     import gc
 
     import torch
+    from datasets import Dataset
     from llmcompressor.entrypoints.oneshot import oneshot
     from transformers import AutoModelForCausalLM
 
-    from datasets import Dataset
     from moeq_plugin import MoEQuantModifier
 
     data = Dataset.from_dict({"input_ids": torch.randint(0, 100, (4, 32)).tolist()})
@@ -176,12 +201,13 @@ def in_process(point: dict[str, Any]) -> dict[str, Any]:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print({key: value for key, value in found.items() if not isinstance(value, list)}, flush=True)
     return found
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     task = point.pop("task")
+    if task == "write":
+        return {"size": write_checkpoint(Path(point.pop("directory")), **point)}
     if task == "dataset":
         return measure_rows(**point)
     return measure_runs(**point) if task == "runs" else measure_reading(task, **point)
@@ -217,7 +243,12 @@ def main() -> None:
             points = [
                 {"layers": asked.layers // part, "experts": asked.experts} for part in (4, 2, 1)
             ]
-        found = [in_process({"task": task, **point}) for point in points]
+        found = []
+        for point in points:
+            found.append(in_process({"task": task, **point}))
+            print(
+                {key: of for key, of in found[-1].items() if not isinstance(of, list)}, flush=True
+            )
         content[task] = {"points": found}
         if len(found) > 1:
             content[task]["growth"] = growth(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.report.directory import Findings
@@ -42,12 +42,12 @@ def report(
         path = checkpoint / "report.html" if out is None else out
         page = _rendered(found)
         path.write_text(page, encoding="utf-8")
-        typer.echo(f"{path}: written, {len(page) / 1e6:.1f} MB")
+        say(f"{path}: written, {len(page) / 1e6:.1f} MB")
         if card is not None:
             card.write_text(model_card(found), encoding="utf-8")
-            typer.echo(f"{card}: written")
+            say(f"{card}: written")
         for problem in found.problems:
-            typer.echo(f"warning: {problem}", err=True)
+            say(f"warning: {problem}", err=True)
 
 
 def _rendered(found: Findings) -> str:

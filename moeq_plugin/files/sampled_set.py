@@ -16,6 +16,11 @@ from typing import Any
 
 from moeq_plugin.core.sampling import SampledSequence
 from moeq_plugin.files.atomic import write_whole
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import read_bounded, read_json
+from moeq_plugin.untrusted.typed import build
+
+MAX_SET_BYTES = 4 << 30
 
 _FORMAT = 1
 _IDENTITY = ("format", "model", "config", "prompts")  # what must agree to continue a set
@@ -85,8 +90,7 @@ class SampledSetFile:
 
     def read_manifest(self) -> dict[str, Any]:
         """Return the manifest."""
-        content: dict[str, Any] = json.loads(self.manifest_path.read_text())
-        return content
+        return read_json(self.manifest_path)
 
     def read(self) -> list[SampledSequence]:
         """Return the sequences; the last line may be cut off and is left out then.
@@ -96,18 +100,19 @@ class SampledSetFile:
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines()
+        content = read_bounded(self.path, MAX_SET_BYTES)
+        lines = content.decode().splitlines()
         sequences = []
         for number, line in enumerate(lines, 1):
             try:
-                sequences.append(SampledSequence(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+                sequences.append(build(SampledSequence, json.loads(line)))
+            except BROKEN as error:
                 if number < len(lines):
                     raise ValueError(
-                        f"{self.path}, line {number}: not a sequence: {error}"
+                        f"{self.path}, line {number}: not a sequence: {sentence(error)}"
                     ) from error
-        expected = self.read_manifest()["sha256"] if self.manifest_path.exists() else None
-        if expected not in {None, hashlib.sha256(self.path.read_bytes()).hexdigest()}:
+        expected = self.read_manifest().get("sha256") if self.manifest_path.exists() else None
+        if expected is not None and expected != hashlib.sha256(content).hexdigest():
             raise ValueError(
                 f"{self.path} was changed after it was sampled: its hash is not the one in "
                 f"{self.manifest_path.name}; delete the manifest to use it all the same"

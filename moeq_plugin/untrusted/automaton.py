@@ -116,7 +116,8 @@ class Automaton:
 
     def _add_item(self, part: _Part, op: Any, value: Any, then: int, scope: Any) -> int:
         if op in _REPEATS:
-            return self._add_repeat(part, *value, then, scope)
+            low, high, body = value
+            return self._add_repeat(part, low, high, body, then, scope)
         if op is ops.SUBPATTERN:
             _, added, removed, body = value
             inner = (*scope, (added, removed)) if added or removed else scope

@@ -29,7 +29,7 @@ class UnreadableFileError(ValueError):
 
 
 def sentence(error: BaseException) -> str:
-    """Return an error as one harmless line; where its message is no sentence, with type and place.
+    """Return an error as one harmless line; where its message is no sentence, with its type.
 
     Example:
         >>> sentence(ValueError("two" + chr(10) + "lines"))
@@ -40,11 +40,13 @@ def sentence(error: BaseException) -> str:
     text = one_line(str(error))
     if isinstance(error, _SENTENCES) and text:
         return text
-    return harmless(f"{type(error).__name__}: {text}{_place(error)}")
+    return harmless(f"{type(error).__name__}: {text}")
 
 
-def _place(error: BaseException) -> str:
-    """Return where in our code an error came up, for whoever has to find out why."""
+def origin(error: BaseException) -> str:
+    """Return where in our code an error came up whose message is no sentence; empty for others."""
+    if isinstance(error, _SENTENCES):
+        return ""
     found, trace = "", error.__traceback__
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)

@@ -12,16 +12,15 @@ import re
 from functools import lru_cache
 
 # no stubs describe the parser of `re`, whose tree is the only one that means what `re` means
-from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, Protocol
 
 from moeq_plugin.untrusted.automaton import Automaton
+from moeq_plugin.untrusted.ways import TOO_MANY, most_ways
 
 MAX_NAME = 1024  # characters of a tensor's name; transformers' longest have some 150
 MAX_PATTERN = 20_000
-_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT)
-_FEW_WAYS, _TOO_MANY = 1 << 16, 1 << 64
+_FEW_WAYS = 1 << 16
 # two repeats on the way; three would keep `re` busy for a tenth of a second with every name
 _READERS_NAME, _READERS_WAYS = 100, 10**6
 
@@ -29,7 +28,8 @@ _READERS_NAME, _READERS_WAYS = 100, 10**6
 class Matcher(Protocol):
     """What matches at the start of a name, as a compiled pattern does."""
 
-    def match(self, name: str, /) -> object: ...
+    def match(self, name: str, /) -> object:
+        """Return something true if it fits at the start of a name."""
 
 
 @lru_cache(4096)
@@ -59,7 +59,7 @@ def check_for_readers(pattern: str) -> None:
     try:
         ways = most_ways(tree, _READERS_NAME)
     except RecursionError:
-        ways = _TOO_MANY
+        ways = TOO_MANY
     if ways > _READERS_WAYS:
         raise ValueError(
             f"the pattern {ascii(pattern)[:200]} can fit a name in more than {_READERS_WAYS} ways, "
@@ -98,45 +98,3 @@ def _parsed(pattern: str) -> Any:
         return parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as cause:
         raise ValueError(f"{ascii(pattern)[:200]} is no pattern: {cause}") from None
-
-
-def most_ways(tree: Any, length: int) -> int:
-    """Return a number that backtracking over a name of that length cannot exceed.
-
-    It is the number of ways in which the parts of the pattern can share the name among them.
-    """
-    items = list(tree)
-    if items and items[-1][0] in _REPEATS and _ways(list(items[-1][1][2]), length) == 1:
-        items.pop()  # whatever it takes, nothing follows that could make it take less
-    return _ways(items, length)
-
-
-def _ways(items: list[tuple[Any, Any]], length: int) -> int:
-    ways = 1
-    for op, value in items:
-        if op in _REPEATS:
-            ways *= _ways_to_repeat(*value, length)
-        elif op is ops.BRANCH:
-            ways *= sum(_ways(list(branch), length) for branch in value[1])
-        elif op is ops.SUBPATTERN:
-            ways *= _ways(list(value[3]), length)
-        elif op in (ops.ASSERT, ops.ASSERT_NOT):
-            ways *= 1 + _ways(list(value[1]), length)
-        elif op is ops.ATOMIC_GROUP:
-            ways *= _ways(list(value), length)
-        elif op is ops.GROUPREF_EXISTS:
-            ways *= sum(_ways(list(branch), length) for branch in value[1:] if branch is not None)
-        if ways > _TOO_MANY:  # enough to know; no numbers of thousands of digits
-            return ways
-    return ways
-
-
-def _ways_to_repeat(low: int, high: Any, body: Any, length: int) -> int:
-    inner, shortest = _ways(list(body), length), body.getwidth()[0]
-    if shortest == 0 and low > length:
-        return _TOO_MANY  # `re` repeats even nothing as often as it is told to
-    high = max(min(int(high), length // max(shortest, 1) + 1), low)
-    counts = high - low + 1
-    if inner == 1:
-        return counts
-    return counts * int(inner**high) if high < 64 else _TOO_MANY

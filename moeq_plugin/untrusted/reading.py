@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.patterns import check_content
 
 MAX_CONFIG_BYTES = 16 << 20  # the largest configs of hubs have some hundred KB
 MAX_LIST_BYTES = 256 << 20  # indexes and records: a million tensors take about 110 MB
@@ -19,11 +21,11 @@ _HOW = sum(getattr(os, flag, 0) for flag in _FLAGS)
 _MAX_CONTAINERS = 8 << 20  # objects and lists; two bytes of text become a hundred in memory
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read bytes; links are followed, as those of a hub's cache have to be.
 
     Raises:
-        UnreadableFileError: if it is a pipe, a device, a socket or a directory, or cannot be opened.
+        UnreadableFileError: if it is a pipe, a device or a directory, or cannot be opened.
     """
     try:
         # Opening alone can already start a device or wait for the other end of a pipe; between
@@ -45,6 +47,27 @@ def open_regular(path: Path) -> BinaryIO:
 def _check_regular(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise UnreadableFileError(f"{path} is not a regular file")
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse a model's directory that would keep whoever loads it waiting or counting.
+
+    Loaders of others open what they find: pipes, devices, configs of any size and any pattern.
+
+    Args:
+        model: directory; an id of a hub is left to those who load it.
+
+    Raises:
+        ValueError: saying which file, or which pattern.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.exists() and not path.is_dir():
+            _check_regular(path.stat(), path)
+    if (directory / "config.json").exists():
+        check_content(read_json(directory / "config.json"))
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

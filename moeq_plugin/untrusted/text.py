@@ -9,7 +9,7 @@ _MARKUP = re.compile(r"<|\]\(")
 
 
 def harmless(text: str, limit: int = _MAX_LENGTH) -> str:
-    r"""Return text that only shows: no control or direction character, no line break, no endless line.
+    r"""Return text that only shows: no control or direction character, and one short line.
 
     A terminal would obey escape sequences, and a carriage return would write over what we said.
 

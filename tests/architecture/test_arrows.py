@@ -69,7 +69,9 @@ RULES: dict[str, Rule] = {
         HOST | words("safetensors datasets optimum"),
         OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
     ),
-    "integrations/optimum_cli": Rule(words("optimum transformers"), words("files integrations/hf")),
+    "integrations/optimum_cli": Rule(
+        words("optimum transformers"), words("files untrusted integrations/hf")
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
 from moeq_plugin.integrations.hf.gptq import tensors as stored_linears
+from moeq_plugin.integrations.hf.gptq.companions import companions
 from moeq_plugin.integrations.hf.gptq.config import GPTQFormat
 from moeq_plugin.integrations.hf.gptq.files import (
     INDEX,
@@ -34,7 +35,7 @@ from moeq_plugin.untrusted.reading import read_json
 FORMATS = ("gptq", "compressed-tensors")
 QUANTIZE_CONFIG = "quantize_config.json"
 # what is written anew, and the model card, which describes the other format
-_OWN = {"config.json", QUANTIZE_CONFIG, INDEX, "README.md"}
+OWN_FILES = frozenset({"config.json", QUANTIZE_CONFIG, INDEX, "README.md"})
 
 Rename = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
@@ -88,6 +89,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; expected one of {list(FORMATS)}")
     config = read_json(source / "config.json")
+    copied, _ = companions(source, without=OWN_FILES)
     section = _section(source, config, to)
     files = WeightFiles(source)
     if to == "gptq":
@@ -99,9 +101,8 @@ def convert(
         if to == "gptq":
             write_json(unfinished / QUANTIZE_CONFIG, plan.section)
         write_json(unfinished / "config.json", config | {"quantization_config": plan.section})
-        for path in source.iterdir():
-            if path.is_file() and path.name not in _OWN and path.suffix != ".safetensors":
-                shutil.copy2(path, unfinished)
+        for path in copied:
+            shutil.copy2(path, unfinished)
     return len(stored_linears.linears_in(files, plan.main))
 
 
