@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 try:
-    import click
     import typer
 except ImportError as error:
     raise ImportError(
@@ -18,8 +17,8 @@ from moeq_plugin.untrusted.text import harmless
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-# by which commands end, and not for broken files
-_OF_CLICK = (click.exceptions.Exit, click.exceptions.Abort, click.ClickException)
+# by these a command ends as it is told to
+_ENDS = (typer.Exit, typer.Abort, typer.BadParameter)
 
 
 @app.callback()
@@ -46,7 +45,7 @@ def errors(command: str) -> Iterator[None]:
         raise typer.Exit(130) from None
     # Files of strangers fail in every way there is, also in libraries that raise what they like.
     except Exception as error:
-        if isinstance(error, _OF_CLICK):
+        if isinstance(error, _ENDS):
             raise
         say(f"moeq {command}: {sentence(error)}{origin(error)}", err=True)
         raise typer.Exit(2) from None

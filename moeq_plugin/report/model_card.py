@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -199,13 +200,14 @@ def _use(found: Findings, name: str) -> Iterator[str]:
 
 
 def _evaluation(found: Findings, name: str) -> Iterator[str]:
-    base = _base(found) or "BASE"
+    base = shlex.quote(_base(found) or "BASE")  # people paste these lines into a shell
     tasks = ",".join(t.task for t in found.quality.tasks) if found.quality else ""
     yield from ("", "## Evaluation", "", "```")
     yield f"moeq eval {base} ./{name} --text FILE --json ./{name}/moeq_eval.json"
     yield (
         f"lm_eval --model vllm --model_args pretrained=./{name},dtype=auto "
-        f"--tasks {tasks or 'arc_challenge,hellaswag,gsm8k'} --batch_size auto"
+        f"--tasks {shlex.quote(tasks) if tasks else 'arc_challenge,hellaswag,gsm8k'} "
+        "--batch_size auto"
     )
     yield "```"
     if found.quality is None:

@@ -32,6 +32,8 @@ def open_regular(path: Path) -> BufferedReader:
         # the look and the opening the file may be replaced, so the open one is looked at too.
         _check_regular(path.stat(), path)
         file = os.open(path, _HOW)
+    except UnreadableFileError:
+        raise
     except OSError as cause:
         raise UnreadableFileError(f"{path} cannot be read: {cause.strerror}") from None
     except ValueError as cause:  # a name with a null byte
