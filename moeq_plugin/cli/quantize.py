@@ -66,7 +66,8 @@ def quantize(
     if len(request) != 1:
         say(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
         raise typer.Exit(2)
-    work_dir = work_dir or out.with_name(out.name + ".work")
+    with errors("quantize"):
+        work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
     if sensitivity is not None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strangers import INDEX, snapshot, write_checkpoint, write_index
@@ -20,6 +21,7 @@ from moeq_plugin.cli import app
 from moeq_plugin.files.sampled_set import SampledSetFile
 
 runner = CliRunner()
+COMMAND = typer.main.get_command(app)
 CORPUS = Path(__file__).with_name("corpus.json")
 MANIFEST = {"format": 1, "is_complete": False, "sha256": None, "model": "m", "config": {}}
 SEQUENCE = {"index": 0, "input_ids": [1, 2], "nll": 1.0, "imbalance": 0.5, "load": [[1, 1]]}
@@ -63,6 +65,12 @@ def many(cases):
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
+
+
+@pytest.fixture(autouse=True)
+def made_once(monkeypatch):
+    """Making the command line anew for each call takes longer than most calls."""
+    monkeypatch.setattr("typer.testing._get_command", lambda app: COMMAND)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +281,14 @@ OPTIONS = {
     "quantize": ["--scheme", "--bits-per-weight", "--size-gb", "--recipe", "--dataset", "--option"],
     "sample": ["--tau", "--seq-len", "--beam-width"],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "request_", [["quantize", "checkpoint", "", "--scheme", "4"]], ids=" ".join
+)
+def test_a_request_that_was_found_stays_answered(request_, root, monkeypatch):
+    monkeypatch.chdir(root)
+    run(root, request_)
 
 
 @pytest.mark.slow
