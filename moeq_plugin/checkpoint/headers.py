@@ -16,9 +16,8 @@ from typing import Any
 
 from moeq_plugin.untrusted.broken import UnreadableFileError
 from moeq_plugin.untrusted.patterns import MAX_NAME
-from moeq_plugin.untrusted.reading import open_regular, parse_object
+from moeq_plugin.untrusted.reading import MAX_HEADER_BYTES, open_regular, parse_object
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 # in the order in which the library lays tensors out, last first
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -60,7 +59,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise UnreadableFileError(
                 f"{path.name}: the header is to have {length} bytes, the file has {size} in all"
             )

@@ -13,6 +13,7 @@ from moeq_plugin.untrusted.broken import UnreadableFileError
 from moeq_plugin.untrusted.patterns import check_content
 
 MAX_CONFIG_BYTES = 16 << 20  # the largest configs of hubs have some hundred KB
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_LIST_BYTES = 256 << 20  # indexes and records: a million tensors take about 110 MB
 _MAX_DEPTH = 64
 # systems without pipes in the file system have no such flags
@@ -54,7 +55,8 @@ def _check_regular(found: os.stat_result, path: Path) -> None:
 def check_model(model: str | Path) -> None:
     """Refuse a model's directory that would keep whoever loads it waiting or counting.
 
-    Loaders of others open what they find: pipes, devices, configs of any size and any pattern.
+    Loaders of others open what they find: pipes, devices, configs of any size and any pattern;
+    and they print names of tensors that they cannot place.
 
     Args:
         model: directory; an id of a hub is left to those who load it.
@@ -68,8 +70,18 @@ def check_model(model: str | Path) -> None:
     for path in directory.iterdir():
         if path.exists() and not path.is_dir():
             _check_regular(path.stat(), path)
+            if path.suffix == ".safetensors":
+                _check_names(path)
     if (directory / "config.json").exists():
         check_content(read_json(directory / "config.json"))
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a safetensors file in which a name cannot be shown; the rest is up to the loader."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= MAX_HEADER_BYTES:
+            parse_object(file.read(length), path)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -212,6 +212,19 @@ def test_no_control_character_of_a_file_reaches_the_terminal(place, name, checkp
     assert all(line.isprintable() for line in done.output.split("\n")), done.output
 
 
+@pytest.mark.parametrize("name", LOADING)
+def test_a_name_that_cannot_be_shown_is_not_handed_to_those_who_print_it(
+    name, checkpoint, tmp_path
+):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"model.norm.weight", b"model.n\\u001bweight", 1))
+    done = run(name, checkpoint, tmp_path / "out", color=True)
+    assert done.exit_code == 2
+    assert "\x1b" not in done.output
+    assert "printable" in done.output
+
+
 def test_the_page_and_the_card_hold_no_markup_of_a_file(checkpoint, tmp_path):
     html = (
         "</script><img src=x onerror=alert(1)> [x](javascript:alert(1))\n---\nlicense: mit\n```\n"
