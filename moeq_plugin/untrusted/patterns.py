@@ -21,8 +21,9 @@ from moeq_plugin.untrusted.ways import TOO_MANY, most_ways
 MAX_NAME = 1024  # characters of a tensor's name; transformers' longest have some 150
 MAX_PATTERN = 20_000
 _FEW_WAYS = 1 << 16
-# two repeats on the way; three would keep `re` busy for a tenth of a second with every name
-_READERS_NAME, _READERS_WAYS = 100, 10**6
+# four repeats such as `.*` and something after them, at worst a fifth of a second for a name
+_READERS_NAME, _READERS_WAYS = 100, 2 * 10**7
+_READERS_WAYS_IN_ALL = 5 * _READERS_WAYS
 
 
 class Matcher(Protocol):
@@ -49,11 +50,14 @@ def compiled(pattern: str) -> Matcher:
         raise ValueError(f"the pattern {ascii(pattern)[:200]} is nested too deep") from None
 
 
-def check_for_readers(pattern: str) -> None:
+def check_for_readers(pattern: str) -> int:
     """Refuse a pattern that would keep a reader busy which matches it by ``re``.
 
+    Returns:
+        In how many ways it can fit the name of a module at most.
+
     Raises:
-        ValueError: if it can fit the name of a module in more than a million ways.
+        ValueError: if they are more than twenty million.
     """
     tree = _parsed(pattern)
     try:
@@ -65,6 +69,7 @@ def check_for_readers(pattern: str) -> None:
             f"the pattern {ascii(pattern)[:200]} can fit a name in more than {_READERS_WAYS} ways, "
             "which readers would try one by one; write it without a repeat inside a repeat"
         )
+    return ways
 
 
 def check_content(content: Any) -> None:
@@ -77,18 +82,22 @@ def check_content(content: Any) -> None:
     Raises:
         ValueError: likewise.
     """
-    waiting = [content]
+    waiting, ways = [content], 0
     while waiting:
         found = waiting.pop()
         if isinstance(found, str) and found.startswith("re:"):
-            check_for_readers(found.removeprefix("re:"))
+            ways += check_for_readers(found.removeprefix("re:"))
         elif isinstance(found, list | tuple):
             waiting.extend(found)
         elif isinstance(found, dict):
             waiting.extend(found.values())
             dynamic = found.get("dynamic")
             for pattern in dynamic if isinstance(dynamic, dict) else ():
-                check_for_readers(pattern.removeprefix("-:").removeprefix("+:"))
+                ways += check_for_readers(pattern.removeprefix("-:").removeprefix("+:"))
+        if ways > _READERS_WAYS_IN_ALL:
+            raise ValueError(
+                f"its patterns can fit a name in more than {_READERS_WAYS_IN_ALL} ways"
+            )
 
 
 def _parsed(pattern: str) -> Any:

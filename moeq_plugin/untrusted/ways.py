@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from re import _constants as ops  # type: ignore[attr-defined] # as in patterns.py
 from typing import Any
 
@@ -21,11 +22,15 @@ def most_ways(tree: Any, length: int) -> int:
 
 
 def _ways(items: list[tuple[Any, Any]], length: int) -> int:
-    ways = 1
+    ways, free = 1, 0
     for op, value in items:
         if op in _REPEATS:
             low, high, body = value
-            ways *= _ways_to_repeat(low, high, body, length)
+            of_repeat = _ways_to_repeat(low, high, body, length)
+            if of_repeat == length + 1:
+                free += 1  # what one of them takes the others cannot take
+            else:
+                ways *= of_repeat
         elif op is ops.BRANCH:
             ways *= sum(_ways(list(branch), length) for branch in value[1])
         elif op is ops.SUBPATTERN:
@@ -38,7 +43,7 @@ def _ways(items: list[tuple[Any, Any]], length: int) -> int:
             ways *= sum(_ways(list(branch), length) for branch in value[1:] if branch is not None)
         if ways > TOO_MANY:  # enough to know; no numbers of thousands of digits
             return TOO_MANY
-    return ways
+    return ways * math.comb(length + free, free)
 
 
 def _ways_to_repeat(low: int, high: Any, body: Any, length: int) -> int:
