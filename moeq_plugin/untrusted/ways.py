@@ -7,6 +7,7 @@ from re import _constants as ops  # type: ignore[attr-defined] # as in patterns.
 from typing import Any
 
 TOO_MANY = 1 << 64  # no numbers of thousands of digits
+_FEW = 8
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT)
 
 
@@ -26,11 +27,11 @@ def _ways(items: list[tuple[Any, Any]], length: int) -> int:
     for op, value in items:
         if op in _REPEATS:
             low, high, body = value
-            of_repeat = _ways_to_repeat(low, high, body, length)
-            if of_repeat == length + 1:
+            is_simple = _ways(list(body), length) == 1 and body.getwidth()[0] > 0
+            if is_simple and int(high) - low > _FEW:
                 free += 1  # what one of them takes the others cannot take
             else:
-                ways *= of_repeat
+                ways *= _ways_to_repeat(low, high, body, length)
         elif op is ops.BRANCH:
             ways *= sum(_ways(list(branch), length) for branch in value[1])
         elif op is ops.SUBPATTERN:
@@ -43,7 +44,7 @@ def _ways(items: list[tuple[Any, Any]], length: int) -> int:
             ways *= sum(_ways(list(branch), length) for branch in value[1:] if branch is not None)
         if ways > TOO_MANY:  # enough to know; no numbers of thousands of digits
             return TOO_MANY
-    return ways * math.comb(length + free, free)
+    return min(ways * math.comb(length + free, free), TOO_MANY)
 
 
 def _ways_to_repeat(low: int, high: Any, body: Any, length: int) -> int:
