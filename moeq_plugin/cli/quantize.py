@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,8 +82,7 @@ def quantize(
         else:
             modifiers = of_recipe(recipe, work_dir)
         data = Data(dataset, num_calibration_samples, max_seq_length)
-        run = partial(_run, strict=strict, trust_remote_code=trust_remote_code)
-        summary, failures = run(model, out, modifiers, data, work_dir)
+        summary, failures = _run(model, out, modifiers, data, work_dir, strict, trust_remote_code)
     shutil.rmtree(work_dir, ignore_errors=True)
     if not jsonl:
         say(f"{out}: {summary}")
@@ -116,7 +114,6 @@ def _run(
     modifiers: list[Any],
     data: Data,
     work_dir: Path,
-    *,
     strict: bool,
     trust_remote_code: bool,
 ) -> tuple[str, list[str]]:
