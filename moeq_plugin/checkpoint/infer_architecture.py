@@ -84,14 +84,22 @@ def _role(name: str) -> Role:
 
 
 def _absent_experts(linears: Mapping[str, Linear], num_experts: int) -> dict[str, Linear]:
-    """Return the experts that a layer would have if it were like its others."""
-    absent = {}
-    for linear in list(linears.values()):
-        if linear.expert is None:
-            continue
+    """Return the experts that a layer would have if it were like its others.
+
+    At most as many as there are: a config that asks for more is of another model, and a few bytes
+    of it must not become millions of linears.
+    """
+    pools = {
+        pool_of(linear.name): linear for linear in linears.values() if linear.expert is not None
+    }
+    most = sum(linear.expert is not None for linear in linears.values())
+    absent: dict[str, Linear] = {}
+    for linear in pools.values():
         before, after = linear.name.split(f".experts.{linear.expert}.", 1)
         for expert in range(num_experts):
+            if len(absent) >= most:
+                return absent
             name = f"{before}.experts.{expert}.{after}"
-            if name not in linears and name not in absent:
+            if name not in linears:
                 absent[name] = Linear(name, linear.shape, linear.role, linear.layer, expert)
     return absent

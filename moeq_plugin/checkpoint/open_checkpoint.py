@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
-from moeq_plugin.checkpoint.headers import (
-    StoredTensor,
-    UnreadableFileError,
-    data_end,
-    read_header,
-    read_json,
-    shards_of,
-)
+from moeq_plugin.checkpoint.headers import StoredTensor, data_end, read_header, shards_of
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -73,16 +69,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 def _read_indexed(opened: Checkpoint, index_path: Path) -> Iterator[Finding]:
     try:
-        shards = shards_of(read_json(index_path), index_path)
+        shards = shards_of(read_json(index_path, MAX_LIST_BYTES), index_path)
     except UnreadableFileError as cause:
         yield error("bad-index", index_path.name, str(cause))
         for path in sorted(opened.directory.glob("*.safetensors")):
             yield from _read_shard(opened, path)
         return
     readable = set()
-    for file in sorted(set(shards.values())):
+    for file, named in sorted(Counter(shards.values()).items()):
         if not (opened.directory / file).is_file():
-            named = sum(shard == file for shard in shards.values())
             yield error("missing-shard", file, f"not there; the index puts {named} tensors into it")
             continue
         problems = list(_read_shard(opened, opened.directory / file))

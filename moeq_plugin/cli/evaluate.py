@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, device, errors
+from moeq_plugin.cli.loading import TrustRemoteCode, device, load_tokenizer
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.records.quality import QualityRecord
@@ -38,16 +39,16 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result, for `moeq report`")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare perplexity, predictions and routing on texts, and scores of tasks.
 
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from moeq_plugin.cli.quality import (
         check_request,
+        load_plain,
         load_quantized,
         measure_texts,
         read_windows,
@@ -62,13 +63,13 @@ def evaluate(
         check_request(bool(text or names), seq_len, num_sequences, batch_size, dtype)
         if names:
             check_tasks(names, include_path=task_files)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        trust: Any = {"trust_remote_code": trust_remote_code}
+        tokenizer = load_tokenizer(base, **trust)
         windows = {
             path.stem: read_windows(tokenizer, path, seq_len, num_sequences) for path in text or ()
         }
-        reference: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        reference.eval().to(device())
-        model = load_quantized(quant, dtype).to(device())
+        reference = load_plain(base, dtype=dtype, **trust).to(device())
+        model = load_quantized(quant, dtype, **trust).to(device())
         record = QualityRecord(
             reference=base,
             quantized=quant,
@@ -84,7 +85,7 @@ def evaluate(
                 limit=limit, batch_size=batch_size, include_path=task_files,
             )  # fmt: skip
         for line in summary(record):
-            typer.echo(line)
+            say(line)
         if out is not None:
             _write(record, out)
 
@@ -102,4 +103,4 @@ def _write(record: QualityRecord, out: Path) -> None:
     from moeq_plugin.files.atomic import write_whole
 
     write_whole(out, record.save)
-    typer.echo(f"{out}: written")
+    say(f"{out}: written")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.data import Data
 from moeq_plugin.cli.display import display
 from moeq_plugin.cli.health import complaint, health
+from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.modifiers import of_recipe, of_request
-from moeq_plugin.cli.shared import app, errors, run_oneshot
+from moeq_plugin.cli.shared import app, errors, say
 from moeq_plugin.cli.whole_model import check_whole
 from moeq_plugin.files.new_directory import check_new_directory
 from moeq_plugin.files.places import check_places
@@ -55,6 +56,7 @@ def quantize(
         bool, typer.Option(help="fail if a linear does not rest on enough of its own tokens")
     ] = False,
     jsonl: Annotated[bool, typer.Option(help="print progress as JSON lines")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model to a scheme, a budget, an allocation made before or a recipe.
 
@@ -71,9 +73,10 @@ def quantize(
     }
     request = {name: value for name, value in given.items() if value is not None}
     if len(request) != 1:
-        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
+        say(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
         raise typer.Exit(2)
-    work_dir = work_dir or out.with_name(out.name + ".work")
+    with errors("quantize"):
+        work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
     request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
@@ -91,14 +94,14 @@ def quantize(
             modifiers = of_request(**request, target=target, work_dir=str(work_dir))
         else:
             modifiers = of_recipe(recipe, work_dir)
-        data = _Data(dataset, num_calibration_samples, max_seq_length)
-        summary, failures = _run(model, out, modifiers, data, work_dir, strict=strict)
+        data = Data(dataset, num_calibration_samples, max_seq_length)
+        summary, failures = _run(model, out, modifiers, data, work_dir, strict, trust_remote_code)
     remove_state(work_dir, with_directory=is_ours)
     if not jsonl:
-        typer.echo(f"{out}: {summary}")
-        typer.echo(f"next: moeq verify {out} --source {model}")
+        say(f"{out}: {summary}")
+        say(f"next: moeq verify {out} --source {model}")
     if failures:
-        typer.echo(complaint(failures, f"{out} holds them rounded to nearest"), err=True)
+        _complain(failures, f"{out} holds them rounded to nearest")
         raise typer.Exit(1)
 
 
@@ -113,23 +116,19 @@ def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What to calibrate on.
-
-    Attributes:
-        path: JSON lines; ``None`` lets the model write its own text.
-        num_sequences: at most.
-        seq_len: tokens per sequence, at most.
-    """
-
-    path: Path | None
-    num_sequences: int
-    seq_len: int
+def _complain(failures: list[str], consequence: str) -> None:
+    for line in complaint(failures, consequence).splitlines():
+        say(line, err=True)
 
 
 def _run(
-    model: str, out: Path, modifiers: list[Any], data: _Data, work_dir: Path, *, strict: bool
+    model: str,
+    out: Path,
+    modifiers: list[Any],
+    data: Data,
+    work_dir: Path,
+    strict: bool,
+    trust_remote_code: bool,
 ) -> tuple[str, list[str]]:
     """Quantize and write the checkpoint; return what :func:`health` says of it.
 
@@ -145,7 +144,8 @@ def _run(
             run_oneshot(
                 model,
                 modifiers,
-                dataset=read_dataset(data.path),
+                trust_remote_code=trust_remote_code,
+                dataset=read_dataset(data.path, data.num_sequences),
                 num_calibration_samples=data.num_sequences,
                 max_seq_length=data.seq_len,
                 shuffle_calibration_samples=False,
@@ -153,15 +153,16 @@ def _run(
             )
             summary, failures = health(stage, strict=strict)
             if failures and strict:
-                typer.echo(complaint(failures, f"{out} was not written"), err=True)
+                _complain(failures, f"{out} was not written")
                 if holds_progress(work_dir):
                     way_out = f"--resume without --strict writes it, from {work_dir}"
-                    typer.echo(way_out, err=True)
+                    say(way_out, err=True)
                 raise typer.Exit(1)
             return summary, failures
     except KeyboardInterrupt:
         kept = f"--resume continues from {work_dir}" if holds_progress(work_dir) else "nothing kept"
-        typer.echo(f"\ninterrupted; {kept}", err=True)
+        say("", err=True)  # after the ^C of the terminal
+        say(f"interrupted; {kept}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.report.directory import Findings
@@ -48,12 +48,12 @@ def report(
         found.front = _front(found)
         page = _rendered(found)
         write_text(path, page)
-        typer.echo(f"{path}: written, {len(page) / 1e6:.1f} MB")
+        say(f"{path}: written, {len(page) / 1e6:.1f} MB")
         if card is not None:
             write_text(card, model_card(found))
-            typer.echo(f"{card}: written")
+            say(f"{card}: written")
         for problem in found.problems:
-            typer.echo(f"warning: {problem}", err=True)
+            say(f"warning: {problem}", err=True)
 
 
 def _is_page(path: Path) -> bool:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, device, errors, load_model
+from moeq_plugin.cli.loading import TrustRemoteCode, device, load_model
+from moeq_plugin.cli.shared import app, errors, say
 
 
 @app.command()
@@ -24,6 +25,7 @@ def sample(
     no_repeat_ngram: Annotated[int | None, typer.Option(help="n-grams that may not repeat")] = None,
     global_balance: Annotated[bool, typer.Option(help="balance the set, not the sequence")] = False,
     seed: Annotated[int, typer.Option(help="of start tokens and prefixes")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let a model write its own calibration set, with evenly loaded experts (EBSS).
 
@@ -49,11 +51,11 @@ def sample(
             global_balance=global_balance,
             seed=seed,
         )
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         loaded.to(device())
         report = sample_set(loaded, tokenizer, config, path=out).report
-    typer.echo(f"{out}: {report.summary()}")
+    say(f"{out}: {report.summary()}")
     for warning in report.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     for text in report.samples:
-        typer.echo(f"  {text[:100]!r}")
+        say(f"  {text[:100]!r}")

@@ -19,6 +19,11 @@ from typing import Any
 from moeq_plugin.core.sampling import SampledSequence
 from moeq_plugin.files.atomic import remove_partial, write_text
 from moeq_plugin.files.lock import locked
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import read_bounded, read_json
+from moeq_plugin.untrusted.typed import build
+
+MAX_SET_BYTES = 4 << 30
 
 _FORMAT = 1
 _IDENTITY = ("format", "model", "config", "prompts")  # what must agree to continue a set
@@ -115,13 +120,7 @@ class SampledSetFile:
         Raises:
             ValueError: if it is none.
         """
-        try:
-            content = json.loads(self.manifest_path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{self.manifest_path} is not a manifest: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.manifest_path} is not a manifest: {type(content).__name__}")
-        return content
+        return read_json(self.manifest_path)
 
     def read(self) -> list[SampledSequence]:
         """Return the sequences; the last line may be cut off and is left out then.
@@ -131,18 +130,18 @@ class SampledSetFile:
         """
         if not self.path.exists():
             return []
-        content = self.path.read_bytes()
+        content = read_bounded(self.path, MAX_SET_BYTES)
         if self.manifest_path.exists():
             self._check(content, self.read_manifest())
         lines = content.decode(errors="replace").splitlines()
         sequences = []
         for number, line in enumerate(lines, 1):
             try:
-                sequences.append(SampledSequence(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+                sequences.append(build(SampledSequence, json.loads(line)))
+            except BROKEN as error:
                 if number < len(lines):
                     raise ValueError(
-                        f"{self.path}, line {number}: not a sequence: {error}"
+                        f"{self.path}, line {number}: not a sequence: {sentence(error)}"
                     ) from error
         return sequences
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.records.sampling import SamplingReport
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
+from moeq_plugin.untrusted.typed import build
 
 SCHEMA_VERSION = 1
 FILE_NAME = "moeq_run.json"
@@ -134,14 +137,14 @@ class RunRecord:
         """
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, MAX_LIST_BYTES)
             version = content.get("schema_version")
             if version == SCHEMA_VERSION:
-                return [cls(**_typed(run)) for run in content["runs"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not the record of a run: {error}") from error
+                return [build(cls, run) for run in content["runs"]]
+        except BROKEN as error:
+            raise ValueError(f"{path} is not the record of a run: {sentence(error)}") from error
         raise ValueError(
-            f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}"
+            f"{path} has schema version {ascii(version)}, this package reads {SCHEMA_VERSION}"
         )
 
 
@@ -151,9 +154,3 @@ def save_records(records: list[RunRecord], directory: Path) -> Path:
     content = {"schema_version": SCHEMA_VERSION, "runs": [asdict(record) for record in records]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def _typed(run: dict[str, Any]) -> dict[str, Any]:
-    linears = [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in run["linears"]]
-    sampling = run.get("sampling")
-    return {**run, "linears": linears, "sampling": sampling and SamplingReport(**sampling)}

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
 from moeq_plugin.files.new_directory import check_new_directory
@@ -24,6 +23,7 @@ from moeq_plugin.files.places import check_places
 from moeq_plugin.files.publish import staged
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
 from moeq_plugin.integrations.hf.gptq import tensors as stored_linears
+from moeq_plugin.integrations.hf.gptq.companions import companions
 from moeq_plugin.integrations.hf.gptq.config import GPTQFormat
 from moeq_plugin.integrations.hf.gptq.files import (
     INDEX,
@@ -32,11 +32,12 @@ from moeq_plugin.integrations.hf.gptq.files import (
     write_json,
 )
 from moeq_plugin.integrations.hf.gptq.names import Names, rename_modules, renamer
+from moeq_plugin.untrusted.reading import read_json
 
 FORMATS = ("gptq", "compressed-tensors")
 QUANTIZE_CONFIG = "quantize_config.json"
 # what is written anew, and the model card, which describes the other format
-_OWN = {"config.json", QUANTIZE_CONFIG, INDEX, "README.md"}
+OWN_FILES = frozenset({"config.json", QUANTIZE_CONFIG, INDEX, "README.md"})
 
 Rename = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
@@ -92,6 +93,7 @@ def convert(
     check_places(reads={"source": source}, makes={"out": out})
     check_new_directory(out)
     config = read_json(source / "config.json")
+    copied, _ = companions(source, without=OWN_FILES)
     section = _section(source, config, to)
     files = WeightFiles(source)
     if to == "gptq":
@@ -103,9 +105,8 @@ def convert(
         if to == "gptq":
             write_json(unfinished / QUANTIZE_CONFIG, plan.section)
         write_json(unfinished / "config.json", config | {"quantization_config": plan.section})
-        for path in source.iterdir():
-            if path.is_file() and path.name not in _OWN and path.suffix != ".safetensors":
-                shutil.copyfile(path, unfinished / path.name)
+        for path in copied:
+            shutil.copyfile(path, unfinished / path.name)  # with modes of its own
     return len(stored_linears.linears_in(files, plan.main))
 
 

@@ -25,28 +25,33 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     linearized_rules,
     loading_rules,
 )
+from moeq_plugin.untrusted.reading import check_model
 
 _CACHE_SCALES = (".k_scale", ".v_scale")
 
 
 @torch.no_grad()
-def load_dequantized(directory: str | Path) -> PreTrainedModel:
+def load_dequantized(directory: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the checkpoint's model with linear experts and plain weights, in its own dtype.
 
     What is not a weight is not quantized in it: activations and the key-value cache.
 
     Args:
         directory: a checkpoint that ``save_pretrained`` or ``oneshot`` wrote.
+        trust_remote_code: run Python code that the checkpoint brings along, if it needs any.
 
     Raises:
         ValueError: if tensors of the file or parameters of the model are left over.
     """
     directory = Path(directory)
-    config = AutoConfig.from_pretrained(directory)
+    check_model(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     schemes = QuantizationConfig.model_validate(config.quantization_config)
     # or transformers would build compressed modules, with one scheme for all experts
     del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=config.dtype, trust_remote_code=trust_remote_code
+    )
     linearize_moe(model)  # random weights for now, in the layout that the host has saved
     renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
     stored: dict[str, dict[str, torch.Tensor]] = {}
