@@ -58,7 +58,9 @@ def tree(tmp_path_factory):
     (tree / "tmp").mkdir()
     (tree / "work").mkdir()
     write_tiny(tree / "work")
-    write_tiny(tree / "deep", num_hidden_layers=6, hidden_size=128, moe_intermediate_size=128)
+    write_tiny(
+        tree / "deep", num_hidden_layers=6, hidden_size=128, moe_intermediate_size=128, head_dim=32
+    )
     (tree / "deep" / "model").rename(tree / "work" / "deep")
     (tree / "deep" / "data.jsonl").unlink()
     (tree / "deep").rmdir()
