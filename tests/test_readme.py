@@ -1,11 +1,13 @@
 """What README and docs say is there, and runs as it stands."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from import_graph import is_package, modules
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +26,37 @@ def test_every_path_named_exists(page):
     named |= {f"moeq_plugin/{p}" for p in re.findall(rf"`((?:{ROOMS})/[\w/.]+)`", text)}
     named |= {f"docs/{link}" for link in re.findall(r"\]\((\w+\.md)\)", text)}
     assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text()
+
+
+def test_every_folder_of_code_is_explained():
+    folders = {path.parent.relative_to(ROOT) for path in modules().values()}
+    roots = {Path("moeq_plugin"), Path("integrations")}  # their rows are those of their folders
+    assert {str(f) for f in folders - roots if f"| `{f}/` |" not in CONTRIBUTING} == set()
+
+
+def test_every_file_that_all_modifiers_share_is_explained():
+    room = ROOT / "integrations" / "llm_compressor"
+    shared = [p for m, p in modules().items() if p.parent == room and not is_package(m)]
+    rows = [f"| `{path.relative_to(ROOT)}` |" for path in shared]
+    assert [row for row in rows if row not in CONTRIBUTING] == []
+
+
+def test_every_touch_of_the_host_is_explained():
+    host = ast.parse((ROOT / "integrations" / "llm_compressor" / "host.py").read_text())
+    public = {n.name for n in host.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
+    rows = "".join(line for line in CONTRIBUTING.splitlines() if line.startswith("| `"))
+    assert {name for name in public if f"`{name}`" not in rows} == set()
+
+
+def test_the_walks_are_as_long_as_they_say():
+    said = re.findall(r"^### [^\n]*: (\d+) modules$(.*?)(?=^##)", CONTRIBUTING, flags=re.M | re.S)
+    for number, walk in said:
+        steps = re.findall(r"^\d+\. `([\w/]+\.py)`", walk, flags=re.M)
+        assert len(set(steps)) == len(steps) == int(number)
+    assert len(said) == 3
 
 
 def test_the_first_screen_shows_python():

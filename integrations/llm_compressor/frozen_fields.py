@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from llmcompressor.modifiers import Modifier
+from pydantic import BaseModel
 
 # what the host itself writes while it runs a modifier
 HOST_STATE = frozenset(Modifier.model_fields)
 
 
-class FrozenFields(Modifier):
-    """A modifier whose recipe fields cannot be written after construction.
+class FrozenFields(BaseModel):
+    """Mixed into a modifier: its recipe fields cannot be written after construction.
 
     ``recipe.yaml`` is written from the fields, and a failed ``oneshot`` leaves them to the next:
     a field used as working memory would make both of them lie. What a run works out is kept

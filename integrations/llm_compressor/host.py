@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -37,10 +38,14 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.awq import base as awq_base
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import SequentialPipeline
+from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import nn
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
+from torch.fx.node import Argument, Node
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_PACKAGE = "moeq_plugin."
 _ALL_EXPERTS = "_CALIBRATE_ALL_EXPERTS"  # a global of the host's, read by experts as they run
 
 
@@ -56,19 +61,28 @@ class _Running:
 
 
 _running: ContextVar[_Running | None] = ContextVar("running_oneshot", default=None)
+_checks: list[Callable[[Oneshot], None]] = []
 
 
-def register() -> None:
+def register(check: Callable[[Oneshot], None]) -> None:
     """Note from now on which ``Oneshot`` runs and which batches it caches; once per process.
 
     The host hands a modifier neither the output directory nor the processor, a data set not the
-    model, and nobody its batches. Upstream would have to pass them in ``state``.
+    model, and nobody its batches. Upstream would have to pass them in ``state``, and to ask
+    modifiers before it reads data.
+
+    Args:
+        check: called with every ``Oneshot`` that is about to run; may refuse it.
     """
+    if check not in _checks:
+        _checks.append(check)
     if not _is_ours(Oneshot.__call__):
         setattr(Oneshot, "__call__", _noting(Oneshot.__call__))  # noqa: B010 - not a plain method
     from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
     if not _is_ours(from_dataloader):
         setattr(IntermediatesCache, "from_dataloader", classmethod(_listening(from_dataloader)))  # noqa: B010 - likewise
+    if not _is_ours(SequentialTracer.create_arg):
+        setattr(SequentialTracer, "create_arg", _with_attention(SequentialTracer.create_arg))  # noqa: B010 - likewise
 
 
 def _is_ours(method: Callable[..., object]) -> bool:
@@ -90,6 +104,13 @@ def running_tokenizer() -> PreTrainedTokenizerBase | None:
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
+def enter_for_oneshot(context: AbstractContextManager[Path]) -> Path:
+    """Enter a context that the running ``oneshot`` leaves, with its error if it fails."""
+    running = _running.get()
+    assert running is not None  # whoever has something for it to leave has found it
+    return running.scope.enter_context(context)
+
+
 def undo_with_oneshot(undo: ExitStack) -> None:
     """Close ``undo`` when the running ``oneshot`` ends at the latest, after a failure too.
 
@@ -103,18 +124,45 @@ def undo_with_oneshot(undo: ExitStack) -> None:
         running.scope.callback(undo.close)
 
 
+def forget_failure(modifier: Modifier) -> None:
+    """Let a modifier that has not come to its end be used in another ``oneshot``.
+
+    The host goes on taking it for initialized, and refuses it for that. Upstream would have to keep
+    the progress of a run out of the recipe.
+    """
+    if not modifier.finalized_:
+        modifier.initialized_ = modifier.started_ = modifier.ended_ = False
+
+
 def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
     @wraps(call)
     def noting(self: Oneshot) -> None:
         with ExitStack() as scope:
             token = _running.set(_Running(self, scope))
             scope.callback(_running.reset, token)  # after all that was pushed on top of it
+            scope.callback(_forget_traced, frozenset(_wrapped_fns_to_patch))
+            for check in _checks:
+                check(self)
             call(self)
 
     return noting
 
 
-# --- its batches ---------------------------------------------------------------------------------
+def _forget_traced(before: frozenset[tuple[int, str]]) -> None:
+    """Let go of the functions that the host has wrapped while it traced a model.
+
+    It compiles the forward of a layer anew for every run and marks it with ``torch.fx.wrap``, which
+    keeps its globals, and by way of them the model, for as long as the process lives. Upstream
+    would have to take the mark away again.
+
+    Args:
+        before: what was wrapped when the run began.
+    """
+    for key in set(_wrapped_fns_to_patch) - before:
+        del _wrapped_fns_to_patch[key]
+
+
+# --- its batches and its causal masks -------------------------------------------------------------
 
 
 class BatchListener(Protocol):
@@ -130,8 +178,7 @@ _batch_listeners: WeakSet[BatchListener] = WeakSet()
 def listen_to_batches(listener: BatchListener, undo: ExitStack) -> None:
     """Tell ``listener`` of every cache of batches that is made until ``undo`` is closed.
 
-    Masks that reach the layers cannot be relied on: traced with ``attn_implementation="sdpa"``
-    some models receive none at all. Upstream would have to put the batches into ``state``.
+    A modifier sees only what its hooks see. Upstream would have to put the batches into ``state``.
     """
     _batch_listeners.add(listener)
     undo.callback(_batch_listeners.discard, listener)
@@ -148,6 +195,35 @@ def _listening(from_dataloader: Callable[..., IntermediatesCache]) -> Callable[.
         return cache
 
     return listening
+
+
+def _with_attention(
+    create_arg: Callable[[SequentialTracer, object], Argument],
+) -> Callable[[SequentialTracer, object], Argument]:
+    """Let a traced model make the causal mask that it makes otherwise, in passes that serve us.
+
+    The host calibrates with eager attention, which is causal by its mask alone, but makes the mask
+    by a copy of the configuration that has forgotten so: families that choose their mask function
+    by a variable (Mixtral, Qwen3-MoE) get no mask, and every token sees those after it. Upstream
+    would have to copy the attention's name along.
+    """
+
+    @wraps(create_arg)
+    def with_attention(self: SequentialTracer, value: object) -> Argument:
+        argument = create_arg(self, value)
+        if isinstance(value, PreTrainedConfig) and isinstance(argument, Node) and _serves_us():
+            name = value._attn_implementation
+            argument.kwargs = {**argument.kwargs, "attn_implementation": name}
+        return argument
+
+    return with_attention
+
+
+def _serves_us() -> bool:
+    """Tell whether a modifier of ours is among those that the running pass serves."""
+    recipe = active_session().lifecycle.recipe
+    modifiers = recipe.modifiers if recipe is not None else []
+    return any(type(modifier).__module__.startswith(_PACKAGE) for modifier in modifiers)
 
 
 # --- experts on routed tokens --------------------------------------------------------------------
@@ -238,7 +314,7 @@ def neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
     return [], []
 
 
-# --- its solver ----------------------------------------------------------------------------------
+# --- its solver and its saving --------------------------------------------------------------------
 
 
 def solve_with_host(
@@ -260,9 +336,6 @@ def solve_with_host(
     modifier.compress_module_list([linear])  # type: ignore[no-untyped-call] # the host's
 
 
-# --- saving --------------------------------------------------------------------------------------
-
-
 def replace_saving(model: PreTrainedModel, save: Callable[..., None]) -> None:
     """Let ``save`` be the model's ``save_pretrained``, as the host has replaced it before.
 
@@ -276,16 +349,17 @@ def exact_codes() -> Iterator[None]:
     """Let saving find the integer codes that were solved for, whatever the dtype of the weights.
 
     The host keeps dequantized weights and divides them by their scales again when it saves. A
-    bfloat16 quotient knows only every second integer's half from 64 on, so that one 8-bit code in
+    bfloat16 quotient knows halves only below 128 and integers above, so that one 8-bit code in
     thirty came out one step off; in float32 all are found. Upstream would have to divide so.
     """
 
     def exact(
         x: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs, **others: Any
     ) -> torch.Tensor:
-        if args.type == QuantizationType.INT:
+        if args.type == QuantizationType.INT and args.num_bits == 8:
             x, scale = x.float(), scale.float()
-        return quantize(x=x, scale=scale, args=args, **others)
+        codes: torch.Tensor = quantize(x=x, scale=scale, args=args, **others)
+        return codes
 
     with (
         patch_attr(pack_quantized, "quantize", exact),
@@ -313,7 +387,7 @@ def parameters_stay_parameters() -> Iterator[None]:
         yield
 
 
-# --- its AWQ -------------------------------------------------------------------------------------
+# --- its AWQ and its progress bars ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -331,9 +405,6 @@ def without_pinning() -> Iterator[None]:
         return
     with patch_attr(IntermediatesCache, "pin_memory", lambda *_args: None):
         yield
-
-
-# --- its progress bars ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

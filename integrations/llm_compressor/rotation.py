@@ -65,6 +65,7 @@ class ResidualRotationModifier(Modifier):
         """
         model = state.model
         _check_order(model)
+        preflight.check_finite_weights(model)
         stream = find_residual_stream(model)
         ids = _probe_tokens(stream)
         before = _logits(model, ids)
@@ -144,6 +145,7 @@ def _hadamard(order: int, seed: int) -> torch.Tensor | None:
 
 def _check_order(model: PreTrainedModel) -> None:
     linears = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    preflight.check_merged(model)
     preflight.check_not_quantized(linears)
     scheduled = [n for m, n in linears.items() if getattr(m, "quantization_scheme", None)]
     if scheduled:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationMetadata,
     QuantizationScheme,
     QuantizationStrategy,
     QuantizationType,
     disable_quantization,
     enable_quantization,
 )
+from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization
 from torch import nn
 
 from moeq_plugin.core.grid import Grid
@@ -67,6 +69,15 @@ def describe(args: QuantizationArgs) -> str:
         is_float=args.type == QuantizationType.FLOAT,
         strategy=QuantizationStrategy(args.strategy).value,
     )
+
+
+def detach_scheme(module: nn.Module) -> None:
+    """Take off what the host attached to a module that was not quantized; its weight stays."""
+    freeze_module_quantization(module)  # removes its observers
+    QuantizationMetadata.clear_quantization(module)
+    for name in ("quantization_status", "quantization_enabled"):
+        if hasattr(module, name):
+            delattr(module, name)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from moeq_plugin.core.gptq import Solution, solve
 from moeq_plugin.integrations.llm_compressor.schemes import grid_of
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.records.run import Basis
 
 _CPU_STACK_BYTES = 1 << 25  # larger stacks leave the caches and are no faster
@@ -145,6 +146,7 @@ def write(job: Job, rounded: Rounded) -> dict[nn.Linear, float | None]:
     losses: dict[nn.Linear, float | None] = {}
     start = 0
     for linear in job.linears:
+        mark_changed(linear)
         rows = slice(start, start := start + len(linear.weight))
         dtype, zp_dtype = linear.weight.dtype, job.args.zp_dtype
         update_offload_parameter(linear, "weight", rounded.weight[rows].to(dtype))

@@ -26,6 +26,11 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         parser.add_argument("--num-calibration-samples", type=int, default=512, help="sequences")
         parser.add_argument("--max-seq-length", type=int, default=2048, help="tokens of each")
         parser.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python code that the model brings along",
+        )
+        parser.add_argument(
             "--names",
             default="checkpoint",
             choices=["checkpoint", "modules"],
@@ -37,19 +42,26 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from moeq_plugin.files.datasets import read_dataset
+        from moeq_plugin.files.new_directory import check_new_directory
         from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
+        from moeq_plugin.untrusted.reading import check_model
 
+        check_new_directory(self.args.out)
         quantizer = MoEGPTQQuantizer(
             bits=self.args.bits,
             group_size=self.args.group_size,
             sym=not self.args.asymmetric,
-            dataset=read_dataset(self.args.dataset),
+            dataset=read_dataset(self.args.dataset, self.args.num_calibration_samples),
             num_calibration_samples=self.args.num_calibration_samples,
             model_seqlen=self.args.max_seq_length,
             names=self.args.names,
         )
-        model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        check_model(self.args.model)
+        trust = self.args.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(
+            self.args.model, dtype="auto", trust_remote_code=trust
+        )
+        tokenizer = AutoTokenizer.from_pretrained(self.args.model, trust_remote_code=trust)
         quantizer.save(quantizer.quantize_model(model, tokenizer), self.args.out)
         tokenizer.save_pretrained(self.args.out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
@@ -101,6 +101,8 @@ class _Builder:
         self.hidden = config.size("hidden_size")
         self.heads = config.size("num_attention_heads")
         self.kv_heads = config.size("num_key_value_heads", default=self.heads)
+        self.dense_layers = frozenset(config.numbers("mlp_only_layers"))
+        self.layer: int | None = None  # what is added belongs to it
         self.linears: dict[str, Linear] = {}
         self.others: dict[str, tuple[int, ...]] = {}
 
@@ -111,7 +113,7 @@ class _Builder:
         self.others["model.norm.weight"] = (hidden,)
         if not self.config.flag("tie_word_embeddings", False):
             self._add("lm_head", vocabulary, hidden, Role.HEAD)
-        moe_layers = [layer for layer in range(num_layers) if self._has_experts(layer)]
+        moe_layers = {layer: None for layer in range(num_layers) if self._has_experts(layer)}
         for layer in range(num_layers + self.num_mtp):
             self._add_layer(layer, layer >= num_layers or layer in moe_layers)
         for layer in range(num_layers, num_layers + self.num_mtp):
@@ -142,16 +144,25 @@ class _Builder:
             return layer >= first and layer % step == 0
         if self.family.counts_dense_layers == "sparse_step":
             step = self.config.size("decoder_sparse_step", default=1)
-            return layer not in self.config.numbers("mlp_only_layers") and (layer + 1) % step == 0
+            return layer not in self.dense_layers and (layer + 1) % step == 0
         return True
 
-    def _add(self, name: str, rows: int, columns: int, role: Role, bias: bool = False) -> None:
-        self.linears[name] = Linear(name, (rows, columns), role)
+    def _add(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        role: Role,
+        bias: bool = False,
+        expert: int | None = None,
+    ) -> None:
+        is_mtp = self.layer is not None and self.layer >= self.num_layers
+        self.linears[name] = Linear(name, (rows, columns), role, self.layer, expert, is_mtp)
         if bias:
             self.others[f"{name}.bias"] = (rows,)
 
     def _add_layer(self, layer: int, is_moe: bool) -> None:
-        before = set(self.linears)
+        self.layer = layer
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             self.others[f"{prefix}.{norm}.weight"] = (self.hidden,)
@@ -164,15 +175,6 @@ class _Builder:
         else:
             width = self.config.size("intermediate_size")
             self._add_mlp(f"{prefix}.mlp", width, Role.DENSE)
-        for name in self.linears.keys() - before:
-            self._place(name, layer)
-
-    def _place(self, name: str, layer: int) -> None:
-        parts = name.split(".")
-        expert = int(parts[-2]) if self.linears[name].role is Role.EXPERT else None
-        self.linears[name] = replace(
-            self.linears[name], layer=layer, expert=expert, is_mtp=layer >= self.num_layers
-        )
 
     def _add_attention(self, prefix: str) -> None:
         head = self.config.size("head_dim", default=self.hidden // self.heads)
@@ -215,7 +217,8 @@ class _Builder:
         if family.router_bias:
             self.others[f"{prefix}.{family.router}.{family.router_bias}"] = (self.num_experts,)
         for expert in range(self.num_experts):
-            self._add_mlp(f"{prefix}.experts.{expert}", width, Role.EXPERT, family.has_biases)
+            name = f"{prefix}.experts.{expert}"
+            self._add_mlp(name, width, Role.EXPERT, family.has_biases, expert)
         num_shared = self._num_shared()
         if family.shared and num_shared:
             shared = self.config.size("shared_expert_intermediate_size", default=width * num_shared)
@@ -223,18 +226,20 @@ class _Builder:
             if family.is_gated:
                 self._add(f"{prefix}.shared_expert_gate", 1, self.hidden, Role.SHARED_GATE)
 
-    def _add_mlp(self, prefix: str, width: int, role: Role, bias: bool = False) -> None:
-        self._add(f"{prefix}.gate_proj", width, self.hidden, role, bias)
-        self._add(f"{prefix}.up_proj", width, self.hidden, role, bias)
-        self._add(f"{prefix}.down_proj", self.hidden, width, role, bias)
+    def _add_mlp(
+        self, prefix: str, width: int, role: Role, bias: bool = False, expert: int | None = None
+    ) -> None:
+        self._add(f"{prefix}.gate_proj", width, self.hidden, role, bias, expert)
+        self._add(f"{prefix}.up_proj", width, self.hidden, role, bias, expert)
+        self._add(f"{prefix}.down_proj", self.hidden, width, role, bias, expert)
 
     def _add_prediction(self, layer: int, vocabulary: int) -> None:
         """Add what a next-token-prediction layer of DeepSeek-V3 has beside a decoder layer."""
+        self.layer = layer
         prefix = f"model.layers.{layer}"
         for name, shape in self._prediction(vocabulary):
             self.others[f"{prefix}.{name}.weight"] = shape
         self._add(f"{prefix}.eh_proj", self.hidden, 2 * self.hidden, Role.OTHER)
-        self._place(f"{prefix}.eh_proj", layer)
 
     def _prediction(self, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((norm, (self.hidden,)) for norm in ("enorm", "hnorm", "shared_head.norm"))

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.patterns import MAX_NAME
+from moeq_plugin.untrusted.reading import MAX_HEADER_BYTES, open_regular, parse_object
+
 # in the order in which the library lays tensors out, last first
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-
-
-class UnreadableFileError(ValueError):
-    """A file is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ def read_header(path: Path) -> list[StoredTensor]:
     Raises:
         UnreadableFileError: if the header is cut off, is no JSON, or contradicts itself.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise UnreadableFileError(
                 f"{path.name}: the header is to have {length} bytes, the file has {size} in all"
             )
-        content = _json(file.read(length), path)
+        content = parse_object(file.read(length), path)
     content.pop("__metadata__", None)
     tensors = [_tensor(name, entry, path, 8 + length, size) for name, entry in content.items()]
     tensors.sort(key=lambda tensor: tensor.begin)
@@ -94,23 +94,10 @@ def read_bytes(tensor: StoredTensor, begin: int = 0, num_bytes: int | None = Non
         num_bytes: of the part; ``None`` for all that follow.
     """
     content = bytearray(tensor.num_bytes - begin if num_bytes is None else num_bytes)
-    with tensor.path.open("rb") as file:
+    with open_regular(tensor.path) as file:
         file.seek(tensor.begin + begin)
         file.readinto(content)
     return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UnreadableFileError: if the file is not there or holds no JSON object.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as cause:
-        raise UnreadableFileError(f"{path} cannot be read: {cause.strerror}") from None
-    return _json(content, path)
 
 
 def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -122,27 +109,23 @@ def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
     files = index.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UnreadableFileError(f"{path.name}: no `weight_map` from tensors to files")
-    strange = sorted({file for file in files.values() if Path(file).name != file or not file})
+    strange = [file for file in set(files.values()) if not _is_file_name(file)]
     if strange:
-        raise UnreadableFileError(f"{path.name} names files that are none: {strange[:3]}")
+        raise UnreadableFileError(f"{path.name} names files that are none: {sorted(strange)[:3]}")
+    if not all(name.isprintable() for name in files):  # such names cannot even be shown
+        raise UnreadableFileError(f"{path.name}: a name is not printable")
     return files
 
 
-def _json(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as cause:
-        raise UnreadableFileError(f"{path.name}: not JSON ({str(cause)[:100]})") from None
-    if not isinstance(parsed, dict):
-        raise UnreadableFileError(f"{path.name}: a JSON object was expected")
-    if not all(name.isprintable() for name in parsed):  # such names cannot even be shown
-        raise UnreadableFileError(f"{path.name}: a name is not printable")
-    return parsed
+def _is_file_name(file: str) -> bool:
+    return Path(file).name == file and file not in {"", ".."} and file.isprintable()
 
 
 def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise UnreadableFileError(f"{path.name}: {name!r} is not described by an object")
+    if len(name) > MAX_NAME:
+        raise UnreadableFileError(f"{path.name}: a name has {len(name)} characters")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")

@@ -19,6 +19,7 @@ from moeq_plugin.core.names import canonical
 
 # the tensors that transformers fuses the experts of a layer into
 FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+_MAX_COMPARISONS = 5 * 10**7  # a minute or two
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def lay_out(checkpoint: Checkpoint) -> Layout:
         architecture = infer_architecture(config, modules)
     schemes = read_schemes(checkpoint.config)
     lookup = Lookup(schemes, config.family)
+    _check_size(lookup.num_patterns, len(architecture.linears))
     laid_out = Layout(checkpoint, architecture, schemes, lookup, modules, {})
     for linear in architecture.linears.values():
         found = modules.get(linear.name, {})
@@ -81,3 +83,11 @@ def lay_out(checkpoint: Checkpoint) -> Layout:
             declared = laid_out.declared(linear)
             laid_out.stored[linear.name] = stored_scheme(found, linear.shape, declared)
     return laid_out
+
+
+def _check_size(num_patterns: int, num_linears: int) -> None:
+    if num_patterns * num_linears > _MAX_COMPARISONS:
+        raise ValueError(
+            f"config.json: {num_patterns} patterns for {num_linears} linears are more than can be "
+            "compared; name the linears instead"
+        )

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
-from moeq_plugin.checkpoint.headers import (
-    StoredTensor,
-    UnreadableFileError,
-    data_end,
-    read_header,
-    read_json,
-)
+from moeq_plugin.checkpoint.headers import StoredTensor, data_end, read_header
 from moeq_plugin.checkpoint.weight_files import INDEX, SINGLE, index_of, unread_files, weight_files
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import read_json
 
 
 @dataclass(frozen=True)

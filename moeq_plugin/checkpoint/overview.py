@@ -14,7 +14,6 @@ from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
-from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
 from moeq_plugin.checkpoint.open_checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +21,7 @@ from moeq_plugin.checkpoint.read_schemes import read_schemes
 from moeq_plugin.checkpoint.reader_names import split_tensor
 from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
 from moeq_plugin.core.names import canonical, layer_of
+from moeq_plugin.untrusted.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def inspect_model(path: str | Path) -> Overview:
         ValueError: if there is neither, or the config cannot be one.
     """
     path = Path(path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return _of_config(read_json(path), path)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         return _of_config(read_json(path / "config.json"), path)

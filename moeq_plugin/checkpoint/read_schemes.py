@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from moeq_plugin.checkpoint.schemes import Group, Scheme, Schemes
+from moeq_plugin.untrusted.patterns import compiled
 
 _STRATEGIES = ("group", "tensor_group", "channel", "tensor", "block", "attn_head")
 
@@ -43,7 +43,8 @@ def _read_compressed_tensors(content: dict[str, Any]) -> Schemes:
 
 
 def _group(name: str, group: Any, form: Any) -> Group:
-    where = f"config.json: config_groups.{name}"
+    key = f"config_groups.{ascii(name)[1:-1]}"
+    where = f"config.json: {key}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise ValueError(f"{where} has no `weights`, which every group needs")
@@ -61,7 +62,7 @@ def _group(name: str, group: Any, form: Any) -> Group:
         raise ValueError(f"{where}: strategy {strategy} does not go with group_size {group_size}")
     actorder = weights.get("actorder")
     return Group(
-        targets=_patterns(f"config_groups.{name}.targets", group.get("targets")),
+        targets=_patterns(f"{key}.targets", group.get("targets")),
         scheme=Scheme(
             form=_form(
                 where, group.get("format") or form, kind, bool(group.get("input_activations"))
@@ -104,9 +105,9 @@ def _patterns(where: str, value: Any) -> tuple[str, ...]:
 
 def _check_pattern(where: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as cause:
-        raise ValueError(f"config.json: {where}: {ascii(pattern)} is no pattern: {cause}") from None
+        compiled(pattern)
+    except ValueError as cause:
+        raise ValueError(f"config.json: {where}: {cause}") from None
 
 
 def _read_gptq(content: dict[str, Any]) -> Schemes:

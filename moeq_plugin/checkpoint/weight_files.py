@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moeq_plugin.checkpoint.headers import UnreadableFileError, read_json, shards_of
+from moeq_plugin.checkpoint.headers import shards_of
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,7 +40,7 @@ def index_of(directory: Path) -> dict[str, str]:
         UnreadableFileError: if there is no index, or it is not one.
     """
     path = directory / INDEX
-    return shards_of(read_json(path), path)
+    return shards_of(read_json(path, MAX_LIST_BYTES), path)
 
 
 def unread_files(directory: Path) -> list[Path]:

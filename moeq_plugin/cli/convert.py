@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.shared import app, errors, say
 
 
 @app.command()
@@ -31,8 +31,12 @@ def convert(
     with errors("convert"):
         from moeq_plugin.core.gptq_format import ZeroPoints
         from moeq_plugin.integrations.hf.gptq import convert as checkpoints
+        from moeq_plugin.integrations.hf.gptq.companions import companions
         from moeq_plugin.integrations.hf.gptq.names import Names
 
         zeros = None if zero_points is None else ZeroPoints(zero_points)
         num_linears = checkpoints.convert(source, out, to, zero_points=zeros, names=Names(names))
-        typer.echo(f"{out}: {num_linears} linears, not one code changed")
+        _, left = companions(source, without=checkpoints.OWN_FILES)
+        if left:
+            say(f"not copied: {', '.join(left)}", err=True)
+        say(f"{out}: {num_linears} linears, not one code changed")

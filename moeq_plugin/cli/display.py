@@ -14,8 +14,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
+from moeq_plugin.cli.shared import say
 from moeq_plugin.records.progress import Progress, listening
+from moeq_plugin.untrusted.text import harmless
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -50,7 +53,7 @@ def _print_json(timed: Timed, step: Progress) -> None:
 
 
 def _update(status: Status, timed: Timed, step: Progress) -> None:
-    status.update(timed.line(step))
+    status.update(Text(harmless(timed.line(step))))  # no markup of Rich's either
 
 
 class Timed:
@@ -120,7 +123,7 @@ class _Lines:
         is_due = now - self._last > _SECONDS_BETWEEN_LINES
         if is_due or step.phase != self._phase or step.done == step.total:
             self._phase, self._last = step.phase, now
-            typer.echo(text, err=True)
+            say(text, err=True)
 
 
 def _log_to(console: Console) -> None:
@@ -131,7 +134,7 @@ def _log_to(console: Console) -> None:
 
     logger.remove()
     logger.add(
-        lambda text: console.print(text, end="", markup=False, highlight=False),
+        lambda text: console.print(harmless(str(text).rstrip("\n")), markup=False, highlight=False),
         format="{level}: {message}",
         filter={"moeq_plugin": "WARNING", "": "ERROR"},
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, device, errors
+from moeq_plugin.cli.loading import TrustRemoteCode, device, load_tokenizer
+from moeq_plugin.cli.shared import app, errors, say
+
+if TYPE_CHECKING:
+    from moeq_plugin.records.quality import QualityRecord
 
 _PACKAGES = ("moeq-plugin", "transformers", "torch")
 
@@ -35,16 +39,16 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result, for `moeq report`")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare perplexity, predictions and routing on texts, and scores of tasks.
 
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from moeq_plugin.cli.quality import (
         check_request,
+        load_plain,
         load_quantized,
         measure_texts,
         read_windows,
@@ -54,17 +58,18 @@ def evaluate(
     from moeq_plugin.records.quality import QualityRecord
 
     with errors("eval"):
+        _check_json(out, [Path(base), Path(quant), *(text or ())])
         names = [name for name in (tasks or "").split(",") if name]
         check_request(bool(text or names), seq_len, num_sequences, batch_size, dtype)
         if names:
             check_tasks(names, include_path=task_files)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        trust: Any = {"trust_remote_code": trust_remote_code}
+        tokenizer = load_tokenizer(base, **trust)
         windows = {
             path.stem: read_windows(tokenizer, path, seq_len, num_sequences) for path in text or ()
         }
-        reference: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        reference.eval().to(device())
-        model = load_quantized(quant, dtype).to(device())
+        reference = load_plain(base, dtype=dtype, **trust).to(device())
+        model = load_quantized(quant, dtype, **trust).to(device())
         record = QualityRecord(
             reference=base,
             quantized=quant,
@@ -80,7 +85,22 @@ def evaluate(
                 limit=limit, batch_size=batch_size, include_path=task_files,
             )  # fmt: skip
         for line in summary(record):
-            typer.echo(line)
+            say(line)
         if out is not None:
-            record.save(out)
-            typer.echo(f"{out}: written")
+            _write(record, out)
+
+
+def _check_json(out: Path | None, reads: list[Path]) -> None:
+    """Refuse to write the result over something else, before anything is computed."""
+    from moeq_plugin.files.places import check_new_file, check_places
+    from moeq_plugin.records.quality import QualityRecord
+
+    check_places(reads={str(path): path for path in reads}, makes={"--json": out})
+    check_new_file("--json", out, QualityRecord.load)
+
+
+def _write(record: QualityRecord, out: Path) -> None:
+    from moeq_plugin.files.atomic import write_whole
+
+    write_whole(out, record.save)
+    say(f"{out}: written")

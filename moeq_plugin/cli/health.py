@@ -22,7 +22,7 @@ def health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
         for record in records
         for name, of in record.smoothed.items()
     ]
-    wrong = {Basis.NONE} if not strict else {Basis.NONE, Basis.LAYER, Basis.SHRUNK}
+    wrong = {Basis.NONE} if not strict else set(Basis) - {Basis.OWN}
     failures = [
         f"{name}: {basis.value}, {effective_tokens:.1f} effective tokens"
         for name, basis, effective_tokens in rests_on

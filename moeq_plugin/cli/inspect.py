@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.overview import Overview
@@ -33,15 +33,15 @@ def inspect(
             typer.echo(json.dumps(found.to_dict(), indent=1))
             return
         known = "" if found.is_known else " (not a family that we know: read off the file)"
-        typer.echo(f"{found.family}{known}, {found.num_parameters / 1e9:.3g} B parameters")
-        typer.echo(
+        say(f"{found.family}{known}, {found.num_parameters / 1e9:.3g} B parameters")
+        say(
             f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
             f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
         )
         for line in _layers(found):
-            typer.echo(line)
+            say(line)
         for reader, limits in found.readers.items():
-            typer.echo(f"{reader}: {'; '.join(limits) or 'yes'}")
+            say(f"{reader}: {'; '.join(limits) or 'yes'}")
 
 
 def _layers(found: Overview) -> list[str]:

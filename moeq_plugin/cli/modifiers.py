@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
+from moeq_plugin.cli.shared import say
+from moeq_plugin.untrusted.patterns import check_content
+from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
 def of_request(**settings: Any) -> list[Any]:
@@ -25,6 +27,7 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
     Raises:
         ValueError: if it is no recipe, or state of several modifiers would have to be kept.
     """
+    import yaml
     from llmcompressor.recipe import Recipe
 
     from moeq_plugin import MoEQuantModifier
@@ -32,6 +35,7 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a recipe in YAML")
     try:
+        check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
         modifiers = list(Recipe.create_instance(str(path)).modifiers)
     except Exception as error:  # whatever a file that is no recipe makes a parser do
         raise ValueError(f"{path} is not a recipe: {error}") from error
@@ -39,5 +43,5 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
         raise ValueError(f"{path} names no modifier")
     if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):
         return [modifiers[0].model_copy(update={"work_dir": str(work_dir)})]
-    typer.echo(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
+    say(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
     return modifiers

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors, run_oneshot
+from moeq_plugin.cli.data import Data
+from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
+from moeq_plugin.cli.shared import app, errors, say
 
 
 @app.command()
@@ -40,6 +42,7 @@ def plan(
     allocation: Annotated[
         Path | None, typer.Option(help="where to write the allocation of the last budget")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what quantizing a model gives, from its headers; or allocate bits to budgets.
 
@@ -48,20 +51,28 @@ def plan(
     """
     if sensitivity is None:
         if bits_per_weight or allocation is not None:
-            typer.echo("moeq plan: budgets and allocations need --sensitivity", err=True)
+            say("moeq plan: budgets and allocations need --sensitivity", err=True)
             raise typer.Exit(2)
         with errors("plan"):
             for line in _from_headers(model, scheme, tp):
-                typer.echo(line)
+                say(line)
             if probe:
-                typer.echo(_probe(model, scheme, dataset, num_calibration_samples, max_seq_length))
+                data = Data(dataset, num_calibration_samples, max_seq_length)
+                say(_probe(model, scheme, data, trust_remote_code))
         return
-    from moeq_plugin.core.allocation import BitBudget, pareto_front
+    from moeq_plugin.core.allocation import Allocation, BitBudget, pareto_front
     from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.atomic import write_whole
+    from moeq_plugin.files.places import check_new_file, check_places
 
     with errors("plan"):
+        reads = {"MODEL": Path(model), "--dataset": dataset}
+        check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
+        check_new_file("--allocation", allocation, Allocation.load)
         if not sensitivity.exists():
-            _measure(model, sensitivity, dataset, option, num_calibration_samples, max_seq_length)
+            check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
+            data = Data(dataset, num_calibration_samples, max_seq_length)
+            _measure(model, sensitivity, data, option, trust_remote_code)
         table = SensitivityTable.load(sensitivity)
         budgets = [BitBudget(bits_per_weight=bits) for bits in bits_per_weight or ()]
         front = pareto_front(table, budgets, target=target, robust=robust)
@@ -69,12 +80,12 @@ def plan(
             counts = Counter(found.choice.values())
             chosen = ", ".join(f"{counts[o]} {o}" for o in table.options if o in counts)
             size = (found.num_bytes + table.fixed_bytes) / 1e9
-            typer.echo(
+            say(
                 f"{found.bits_per_weight:.4f} bits per weight, {size:.4g} GB: predicted loss "
                 f"{found.value:.4g}; {chosen}"
             )
         if allocation is not None and front:
-            front[-1].save(allocation)
+            write_whole(allocation, front[-1].save)
 
 
 def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
@@ -108,13 +119,7 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
         yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"
 
 
-def _probe(
-    model: str,
-    scheme: str,
-    dataset: Path | None,
-    num_calibration_samples: int,
-    max_seq_length: int,
-) -> str:
+def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
     """Predict time and memory from a run on a few layers.
 
     Raises:
@@ -124,18 +129,19 @@ def _probe(
     from moeq_plugin.checkpoint.presets import scheme_named
     from moeq_plugin.cli.probe import predict
 
-    if dataset is None or not dataset.is_file():
+    if data.path is None or not data.path.is_file():
         raise ValueError("--probe needs --dataset FILE, the JSON lines that will calibrate")
     planned = plan_quantization(model, scheme_named(scheme))
     found = predict(
         model,
         scheme,
-        str(dataset),
+        str(data.path),
         num_layers=planned.architecture.num_layers,
         moe_layers=planned.architecture.moe_layers,
-        num_calibration_samples=num_calibration_samples,
-        max_seq_length=max_seq_length,
+        num_calibration_samples=data.num_sequences,
+        max_seq_length=data.seq_len,
         source_bytes=planned.source_bytes,
+        trust_remote_code=trust_remote_code,
     )
     return (
         f"probe of {found.num_layers} layers on {found.num_sequences} sequences: quantizing takes "
@@ -147,11 +153,11 @@ def _probe(
 def _measure(
     model: str,
     path: Path,
-    dataset: Path | None,
+    data: Data,
     options: list[str] | None,
-    num_calibration_samples: int,
-    max_seq_length: int,
+    trust_remote_code: bool,
 ) -> None:
+    from moeq_plugin.files.atomic import write_whole
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
@@ -159,9 +165,10 @@ def _measure(
     run_oneshot(
         model,
         modifier,
-        dataset="ebss" if dataset is None else read_dataset(dataset),
-        num_calibration_samples=num_calibration_samples if dataset is not None else 128,
-        max_seq_length=max_seq_length if dataset is not None else 512,
+        trust_remote_code=trust_remote_code,
+        dataset="ebss" if data.path is None else read_dataset(data.path, data.num_sequences),
+        num_calibration_samples=128 if data.path is None else data.num_sequences,
+        max_seq_length=512 if data.path is None else data.seq_len,
     )
-    modifier.table.save(path)
-    typer.echo(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")
+    write_whole(path, modifier.table.save)
+    say(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")

@@ -51,6 +51,7 @@ def predict(
     num_calibration_samples: int,
     max_seq_length: int,
     source_bytes: int,
+    trust_remote_code: bool = False,
 ) -> Prediction:
     """Run the probe and extrapolate.
 
@@ -63,6 +64,7 @@ def predict(
         num_calibration_samples: sequences that quantization would use.
         max_seq_length: tokens per sequence.
         source_bytes: of the model's tensors.
+        trust_remote_code: run Python code that the model brings along, if it needs any.
 
     Raises:
         ValueError: if quantizing the first layers fails, which the whole model would do as well.
@@ -71,6 +73,7 @@ def predict(
     request = {
         "model": model, "scheme": scheme, "dataset": dataset, "num_layers": cut,
         "num_calibration_samples": num_calibration_samples, "max_seq_length": max_seq_length,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "moeq_plugin.cli.probe", json.dumps(request)],
@@ -105,7 +108,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from moeq_plugin import MoEQuantModifier
-    from moeq_plugin.cli.shared import load_model
+    from moeq_plugin.cli.loading import load_model, loading
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.records.environment import peak_resident_memory
 
@@ -126,13 +129,15 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
             super().on_calibration_end(*args, **kwargs)
             marks.append(("solved", _clocks()))
 
-    config = AutoConfig.from_pretrained(request["model"])
+    trust = request["trust_remote_code"]
+    with loading(request["model"]):
+        config = AutoConfig.from_pretrained(request["model"], trust_remote_code=trust)
     config.num_hidden_layers = request["num_layers"]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: request["num_layers"]]
-    loaded, tokenizer = load_model(request["model"], config=config)
-    data = read_dataset(Path(request["dataset"]))
-    num_all = min(len(data), request["num_calibration_samples"])
+    loaded, tokenizer = load_model(request["model"], config=config, trust_remote_code=trust)
+    data = read_dataset(Path(request["dataset"]), request["num_calibration_samples"])
+    num_all = len(data)
     num_used = min(num_all, _SEQUENCES)
     marks.append(("loaded", _clocks()))
     with tempfile.TemporaryDirectory() as directory:

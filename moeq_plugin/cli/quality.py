@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import torch
 
+from moeq_plugin.cli.loading import loading
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.records.quality import Continuation, QualityRecord
+from moeq_plugin.untrusted.reading import read_json
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NUM_CONTINUATIONS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 40
@@ -33,7 +34,24 @@ def check_request(
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
 
 
-def load_quantized(quant: str, dtype: str) -> Any:
+def load_plain(model: str, dtype: str, *, trust_remote_code: bool) -> Any:
+    """Load a model as transformers does.
+
+    Args:
+        model: directory or id.
+        dtype: name of a dtype, or ``auto``.
+        trust_remote_code: run Python code that the model brings along, if it needs any.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with loading(model):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return loaded.eval()
+
+
+def load_quantized(quant: str, dtype: str, *, trust_remote_code: bool) -> Any:
     """Load a checkpoint, every expert exactly as stored.
 
     transformers reads one scheme for all experts and not every family, so compressed-tensors
@@ -42,18 +60,17 @@ def load_quantized(quant: str, dtype: str) -> Any:
     Args:
         quant: directory or id.
         dtype: name of a dtype, or ``auto``.
+        trust_remote_code: run Python code that the model brings along, if it needs any.
     """
-    from transformers import AutoModelForCausalLM
-
     config = Path(quant) / "config.json"
-    found = json.loads(config.read_text()) if config.is_file() else {}
-    method = (found.get("quantization_config") or {}).get("quant_method")
+    section = (read_json(config) if config.exists() else {}).get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
     if method != "compressed-tensors":
-        loaded: Any = AutoModelForCausalLM.from_pretrained(quant, dtype=dtype)
-        return loaded.eval()
+        return load_plain(quant, dtype, trust_remote_code=trust_remote_code)
     from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
-    model = load_dequantized(quant)
+    with loading(quant):
+        model = load_dequantized(quant, trust_remote_code=trust_remote_code)
     return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.data import Data
 from moeq_plugin.cli.display import display
 from moeq_plugin.cli.health import complaint, health
+from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.modifiers import of_recipe, of_request
-from moeq_plugin.cli.shared import app, errors, run_oneshot
+from moeq_plugin.cli.shared import app, errors, say
+from moeq_plugin.cli.whole_model import check_whole
+from moeq_plugin.files.new_directory import check_new_directory
+from moeq_plugin.files.places import check_places
+from moeq_plugin.files.work_dir import (
+    check_work_dir,
+    holds_progress,
+    holds_state,
+    may_go,
+    remove_state,
+)
 
 _REQUESTS = "--scheme, --bits-per-weight, --size-gb, --allocation and --recipe"
 
@@ -45,6 +56,7 @@ def quantize(
         bool, typer.Option(help="fail if a linear does not rest on enough of its own tokens")
     ] = False,
     jsonl: Annotated[bool, typer.Option(help="print progress as JSON lines")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model to a scheme, a budget, an allocation made before or a recipe.
 
@@ -56,36 +68,40 @@ def quantize(
         "scheme": scheme,
         "bits_per_weight": bits_per_weight,
         "size_gb": size_gb,
-        "allocation": None if allocation is None else str(allocation),
+        "allocation": allocation and str(allocation),
         "recipe": recipe,
     }
     request = {name: value for name, value in given.items() if value is not None}
     if len(request) != 1:
-        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
+        say(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
         raise typer.Exit(2)
-    work_dir = work_dir or out.with_name(out.name + ".work")
+    with errors("quantize"):
+        work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
-    if sensitivity is not None:
-        request["sensitivity"] = str(sensitivity)
+    request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
     phases = _phases(request, has_dataset=dataset is not None)
     with errors("quantize"), display(phases=phases, jsonl=jsonl):
-        from moeq_plugin.integrations.llm_compressor.preflight import check_output_dir
-
-        check_output_dir(out)
-        _check_work_dir(work_dir, resume=resume)
+        reads = {"--dataset": dataset, "--recipe": recipe}
+        reads |= {"--sensitivity": sensitivity, "--allocation": allocation}
+        reads |= {"MODEL": Path(model)}
+        check_places(reads=reads, makes={"OUT": out, "--work-dir": work_dir})
+        check_new_directory(out)
+        _check_resume(work_dir, resume=resume)
+        is_ours = may_go(work_dir)
+        check_whole(model)
         if recipe is None:
             modifiers = of_request(**request, target=target, work_dir=str(work_dir))
         else:
             modifiers = of_recipe(recipe, work_dir)
-        data = _Data(dataset, num_calibration_samples, max_seq_length)
-        summary, failures = _run(model, out, modifiers, data, work_dir, strict=strict)
-    shutil.rmtree(work_dir, ignore_errors=True)
+        data = Data(dataset, num_calibration_samples, max_seq_length)
+        summary, failures = _run(model, out, modifiers, data, work_dir, strict, trust_remote_code)
+    remove_state(work_dir, with_directory=is_ours)
     if not jsonl:
-        typer.echo(f"{out}: {summary}")
-        typer.echo(f"next: moeq verify {out} --source {model}")
+        say(f"{out}: {summary}")
+        say(f"next: moeq verify {out} --source {model}")
     if failures:
-        typer.echo(complaint(failures, f"{out} holds them rounded to nearest"), err=True)
+        _complain(failures, f"{out} holds them rounded to nearest")
         raise typer.Exit(1)
 
 
@@ -100,23 +116,19 @@ def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What to calibrate on.
-
-    Attributes:
-        path: JSON lines; ``None`` lets the model write its own text.
-        num_sequences: at most.
-        seq_len: tokens per sequence, at most.
-    """
-
-    path: Path | None
-    num_sequences: int
-    seq_len: int
+def _complain(failures: list[str], consequence: str) -> None:
+    for line in complaint(failures, consequence).splitlines():
+        say(line, err=True)
 
 
 def _run(
-    model: str, out: Path, modifiers: list[Any], data: _Data, work_dir: Path, *, strict: bool
+    model: str,
+    out: Path,
+    modifiers: list[Any],
+    data: Data,
+    work_dir: Path,
+    strict: bool,
+    trust_remote_code: bool,
 ) -> tuple[str, list[str]]:
     """Quantize and write the checkpoint; return what :func:`health` says of it.
 
@@ -124,15 +136,16 @@ def _run(
         typer.Exit: with code 1 if strict and a linear was not quantized as asked, 130 if
             interrupted; nothing is written then.
     """
-    from moeq_plugin.files.atomic import staged
     from moeq_plugin.files.datasets import read_dataset
+    from moeq_plugin.files.publish import staged
 
     try:
-        with staged(out) as stage:
+        with staged(out) as stage, _without_empty_state(work_dir):
             run_oneshot(
                 model,
                 modifiers,
-                dataset=read_dataset(data.path),
+                trust_remote_code=trust_remote_code,
+                dataset=read_dataset(data.path, data.num_sequences),
                 num_calibration_samples=data.num_sequences,
                 max_seq_length=data.seq_len,
                 shuffle_calibration_samples=False,
@@ -140,32 +153,43 @@ def _run(
             )
             summary, failures = health(stage, strict=strict)
             if failures and strict:
-                typer.echo(complaint(failures, f"{out} was not written"), err=True)
-                if _has_state(work_dir):
+                _complain(failures, f"{out} was not written")
+                if holds_progress(work_dir):
                     way_out = f"--resume without --strict writes it, from {work_dir}"
-                    typer.echo(way_out, err=True)
+                    say(way_out, err=True)
                 raise typer.Exit(1)
             return summary, failures
     except KeyboardInterrupt:
-        kept = f"--resume continues from {work_dir}" if _has_state(work_dir) else "nothing kept"
-        typer.echo(f"\ninterrupted; {kept}", err=True)
+        kept = f"--resume continues from {work_dir}" if holds_progress(work_dir) else "nothing kept"
+        say("", err=True)  # after the ^C of the terminal
+        say(f"interrupted; {kept}", err=True)
         raise typer.Exit(130) from None
 
 
-def _check_work_dir(work_dir: Path, *, resume: bool) -> None:
+@contextmanager
+def _without_empty_state(work_dir: Path) -> Iterator[None]:
+    """Leave nothing behind of a run that failed before it had finished anything."""
+    is_ours = may_go(work_dir)
+    try:
+        yield
+    except BaseException:
+        if not holds_progress(work_dir):
+            remove_state(work_dir, with_directory=is_ours)
+        raise
+
+
+def _check_resume(work_dir: Path, *, resume: bool) -> None:
     """Let nobody continue, or fail to continue, an earlier run without knowing.
 
     Raises:
-        ValueError: if there is state and ``resume`` was not asked for, or the other way round.
+        ValueError: if there is state and ``resume`` was not asked for, or the other way round, or
+            files of something else.
     """
-    if _has_state(work_dir) and not resume:
+    check_work_dir(work_dir)
+    if holds_progress(work_dir) and not resume:
         raise ValueError(
             f"{work_dir} holds the state of an unfinished run: continue it with --resume, or "
             "delete it to start anew"
         )
-    if resume and not _has_state(work_dir):
+    if resume and not holds_state(work_dir):
         raise ValueError(f"--resume: there is no state of an unfinished run in {work_dir}")
-
-
-def _has_state(work_dir: Path) -> bool:
-    return work_dir.is_dir() and any(work_dir.iterdir())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.report.directory import Findings
@@ -37,17 +37,28 @@ def report(
     from moeq_plugin.report.model_card import model_card
 
     with errors("report"):
+        from moeq_plugin.files.atomic import write_text
+        from moeq_plugin.files.places import check_new_file, check_places
+
+        path = checkpoint / "report.html" if out is None else out
+        check_places(reads={"--evaluation": evaluation}, makes={"--out": path, "--card": card})
+        check_new_file("--out", path, _is_page)
+        check_new_file("--card", card, lambda card: card.suffix == ".md")
         found = read_directory(checkpoint, evaluation=evaluation)
         found.front = _front(found)
-        path = checkpoint / "report.html" if out is None else out
         page = _rendered(found)
-        path.write_text(page, encoding="utf-8")
-        typer.echo(f"{path}: written, {len(page) / 1e6:.1f} MB")
+        write_text(path, page)
+        say(f"{path}: written, {len(page) / 1e6:.1f} MB")
         if card is not None:
-            card.write_text(model_card(found), encoding="utf-8")
-            typer.echo(f"{card}: written")
+            write_text(card, model_card(found))
+            say(f"{card}: written")
         for problem in found.problems:
-            typer.echo(f"warning: {problem}", err=True)
+            say(f"warning: {problem}", err=True)
+
+
+def _is_page(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "quantization report</title>" in file.read(4096)
 
 
 def _rendered(found: Findings) -> str:

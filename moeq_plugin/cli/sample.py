@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, device, errors, load_model
+from moeq_plugin.cli.loading import TrustRemoteCode, device, load_model
+from moeq_plugin.cli.shared import app, errors, say
 
 
 @app.command()
@@ -24,6 +25,7 @@ def sample(
     no_repeat_ngram: Annotated[int | None, typer.Option(help="n-grams that may not repeat")] = None,
     global_balance: Annotated[bool, typer.Option(help="balance the set, not the sequence")] = False,
     seed: Annotated[int, typer.Option(help="of start tokens and prefixes")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let a model write its own calibration set, with evenly loaded experts (EBSS).
 
@@ -31,9 +33,14 @@ def sample(
         typer.Exit: with code 2 if the request cannot be met.
     """
     from moeq_plugin.core.sampling import EBSSConfig
+    from moeq_plugin.files.places import check_new_file, check_places
+    from moeq_plugin.files.sampled_set import SampledSetFile
     from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import sample_set
 
     with errors("sample"):
+        manifest = SampledSetFile(out).manifest_path
+        check_places(reads={"MODEL": Path(model)}, makes={"OUT": out, "its manifest": manifest})
+        check_new_file("OUT", out, lambda _: manifest.exists(), makes_parents=True)
         config = EBSSConfig(
             num_sequences=num_sequences,
             seq_len=seq_len,
@@ -44,11 +51,11 @@ def sample(
             global_balance=global_balance,
             seed=seed,
         )
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         loaded.to(device())
         report = sample_set(loaded, tokenizer, config, path=out).report
-    typer.echo(f"{out}: {report.summary()}")
+    say(f"{out}: {report.summary()}")
     for warning in report.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     for text in report.samples:
-        typer.echo(f"  {text[:100]!r}")
+        say(f"  {text[:100]!r}")

@@ -1,10 +1,9 @@
-"""What all commands share: the application, how a wrong request ends, and models."""
+"""What all commands share: the application, what they print and how a wrong request ends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 try:
     import typer
@@ -13,7 +12,13 @@ except ImportError as error:
         "the command line needs typer: pip install 'moeq-plugin[llmcompressor]'"
     ) from error
 
+from moeq_plugin.untrusted.broken import origin, sentence
+from moeq_plugin.untrusted.text import harmless
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# by these a command ends as it is told to
+_ENDS = (typer.Exit, typer.Abort, typer.BadParameter)
 
 
 @app.callback()
@@ -21,50 +26,26 @@ def moeq() -> None:
     """Quantize Mixture-of-Experts models so that no expert is damaged."""
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line, whatever files of strangers put into it."""
+    typer.echo(harmless(text), err=err)
+
+
 @contextmanager
 def errors(command: str) -> Iterator[None]:
-    """Turn what the request got wrong into a message and exit code 2.
+    """Turn what the request or a file got wrong into a message and exit code 2.
 
     Raises:
-        typer.Exit: with that code.
+        typer.Exit: with that code, 130 if interrupted.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"moeq {command}: {error}", err=True)
+    except KeyboardInterrupt:
+        say(f"moeq {command}: interrupted", err=True)
+        raise typer.Exit(130) from None
+    # Files of strangers fail in every way there is, also in libraries that raise what they like.
+    except Exception as error:
+        if isinstance(error, _ENDS):
+            raise
+        say(f"moeq {command}: {sentence(error)}{origin(error)}", err=True)
         raise typer.Exit(2) from None
-
-
-def device() -> str:
-    """Return the accelerator's type, ``cpu`` if there is none."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
-
-
-def run_oneshot(model: str, recipe: Any, **arguments: Any) -> None:
-    """Load a model and its tokenizer and quantize it in place."""
-    from llmcompressor.entrypoints.oneshot import oneshot
-
-    loaded, tokenizer = load_model(model)
-    oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
-
-
-def load_model(model: str, **settings: Any) -> tuple[Any, Any]:
-    """Return a model in its own dtype and its tokenizer.
-
-    Args:
-        model: directory or id.
-        **settings: of ``from_pretrained``, such as another ``config``.
-
-    Raises:
-        ValueError: if either cannot be loaded, whatever the reason.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **settings)
-        return loaded, AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # configs and weights of strangers fail in every way there is
-        raise ValueError(f"cannot load {model}: {type(error).__name__}: {error}") from error

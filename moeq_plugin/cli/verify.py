@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors
+from moeq_plugin.cli.loading import TrustRemoteCode, load_tokenizer, loading
+from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.checks.findings import Finding
@@ -26,6 +27,7 @@ def verify(
         str | None, typer.Option(help="prompt to continue with the dequantized model")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check names, shapes, schemes and numbers of a checkpoint before anyone serves it.
 
@@ -39,29 +41,30 @@ def verify(
 
         report = verify_checkpoint(checkpoint, source, target=target, tp=tp)
         if generate is not None and not report.errors:
-            text, found = _generate(checkpoint, generate)
+            text, found = _generate(checkpoint, generate, trust_remote_code)
             report = replace(report, findings=(*report.findings, *found))
-            typer.echo(f"{generate}{text}", err=as_json)
+            for line in f"{generate}{text}".splitlines():
+                say(line, err=as_json)
         if as_json:
             typer.echo(json.dumps(report.to_dict(), indent=1))
         else:
             for line in report.lines():
-                typer.echo(line)
+                say(line)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
 
-def _generate(checkpoint: Path, prompt: str) -> tuple[str, list[Finding]]:
+def _generate(checkpoint: Path, prompt: str, trust_remote_code: bool) -> tuple[str, list[Finding]]:
     """Return a continuation, and a finding if the model does not predict numbers."""
     import torch
-    from transformers import AutoTokenizer
 
     from moeq_plugin.checkpoint.checks.findings import error
     from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 
     # transformers declares `generate` for a class that exists for type checkers only
-    model: Any = load_dequantized(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    with loading(str(checkpoint)):
+        model: Any = load_dequantized(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(str(checkpoint), trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
         logits = model(**inputs).logits

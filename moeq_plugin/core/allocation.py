@@ -22,6 +22,8 @@ from moeq_plugin.core.allocation_reasons import reasons_for
 from moeq_plugin.core.knapsack import Solution, choose_options
 from moeq_plugin.core.minimax_knapsack import minimize_worst_ratio
 from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
 
 SCHEMA_VERSION = 1
 
@@ -123,14 +125,14 @@ class Allocation:
             ValueError: if the file is not such an allocation.
         """
         try:
-            content: dict[str, Any] = json.loads(Path(path).read_text())
+            content: dict[str, Any] = read_json(Path(path), MAX_LIST_BYTES)
             version = content.pop("schema_version")
             if version != SCHEMA_VERSION:
-                raise ValueError(f"schema version {version}, expected {SCHEMA_VERSION}")
+                raise ValueError(f"schema version {ascii(version)}, expected {SCHEMA_VERSION}")
             content["budget"] = BitBudget(**content["budget"])
             return cls(**content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not an allocation: {error}") from error
+        except BROKEN as error:
+            raise ValueError(f"{path} is not an allocation: {sentence(error)}") from error
 
 
 @dataclass(frozen=True)

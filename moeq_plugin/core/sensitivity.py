@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_text
+
 SCHEMA_VERSION = 1
 
 
@@ -119,11 +122,11 @@ class SensitivityTable:
             ValueError: if the file is not such a table.
         """
         try:
-            text = Path(path).read_text()
+            text = read_text(Path(path), MAX_LIST_BYTES)
             content: dict[str, Any] = json.loads(text, parse_constant=_refuse)
             version = content.pop("schema_version")
             if version != SCHEMA_VERSION:
-                raise ValueError(f"schema version {version}, expected {SCHEMA_VERSION}")
+                raise ValueError(f"schema version {ascii(version)}, expected {SCHEMA_VERSION}")
             loss = np.array(content["loss"], dtype=np.float64)  # null becomes NaN
             content["loss"] = np.where(np.isnan(loss), np.inf, loss)
             for name in ("num_bytes", "num_weights"):
@@ -134,8 +137,8 @@ class SensitivityTable:
             found = content["interactions"]
             content["interactions"] = {name: LayerInteraction(**of) for name, of in found.items()}
             return cls(**content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a sensitivity table: {error}") from error
+        except BROKEN as error:
+            raise ValueError(f"{path} is not a sensitivity table: {sentence(error)}") from error
 
 
 def quadratic_losses(

@@ -1,65 +1,88 @@
-"""Files and directories that appear complete or not at all."""
+"""Files that appear complete or not at all, and are on the disk once they have appeared."""
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL = ".partial"
-_OF_A_CHECKPOINT = ("*.safetensors", "*.safetensors.index.json")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file that appears at ``path`` only once it is on the disk.
 
     Args:
-        path: of the file.
+        path: of the file; a link leads to what is written. A pipe or a device, which has no whole,
+            is written as it is.
         write: called with the path to write instead.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        write(path)
+        return
+    # a name that nobody else has: what lies there is never overwritten
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    with partial.open("x") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
     try:
         write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory of the same name whose files go to ``directory`` at the end.
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all."""
+    write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
-    After an exception ``directory`` is as it was. A directory that holds files keeps those that
-    the new ones do not replace, but for weights, which would be mistaken for the new ones.
+
+def remove_partial(path: Path) -> None:
+    """Remove what :func:`write_whole` has left beside a path when it was killed.
 
     Args:
-        directory: need not exist.
+        path: which no process is writing.
     """
-    directory = directory.absolute()
-    # Beside the directory, so that moving files there is a rename within one file system.
-    temporary = directory.with_name(f".{directory.name}{PARTIAL}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    stage = temporary / directory.name
-    stage.mkdir(parents=True)
+    for beside in path.parent.iterdir():
+        if is_partial(beside.name, of=re.escape(path.name)):
+            beside.unlink()
+
+
+def is_partial(name: str, of: str) -> bool:
+    """Tell whether a file name is one that :func:`write_whole` makes on its way.
+
+    Args:
+        name: of the file that was found.
+        of: regular expression for the names of the files that it would have become.
+    """
+    return re.fullmatch(rf"\.(?:{of})\.\d+-[0-9a-f]{{8}}{re.escape(PARTIAL)}", name) is not None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a directory lists, is on the disk.
+
+    Raises:
+        OSError: if it cannot be brought there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield stage
-        _publish(stage, directory)
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # no need to on such file systems
+            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _publish(stage: Path, directory: Path) -> None:
-    if not directory.exists() or not any(directory.iterdir()):
-        stage.replace(directory)
-        return
-    new = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
-    stale = {path for pattern in _OF_A_CHECKPOINT for path in directory.glob(pattern)}
-    for path in new:
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        (stage / path).replace(directory / path)
-    for path in stale - {directory / path for path in new}:
-        path.unlink()
+def sync_tree(directory: Path) -> None:
+    """Wait until a directory with all that is in it is on the disk."""
+    for path in sorted(directory.rglob("*")):
+        if not path.is_symlink():
+            sync(path)
+    sync(directory)

@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
+from moeq_plugin.untrusted.typed import build
+
 SCHEMA_VERSION = 1
 FILE_NAME = "moeq_eval.json"
 
@@ -101,15 +105,13 @@ class QualityRecord:
             ValueError: if the file is not such a record.
         """
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, MAX_LIST_BYTES)
             version = content.pop("schema_version")
             if version != SCHEMA_VERSION:
-                raise ValueError(f"schema version {version}, expected {SCHEMA_VERSION}")
-            content["tasks"] = [TaskScore(**task) for task in content["tasks"]]
-            content["continuations"] = [Continuation(**c) for c in content["continuations"]]
-            return cls(**content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a record of `moeq eval`: {error}") from error
+                raise ValueError(f"schema version {ascii(version)}, expected {SCHEMA_VERSION}")
+            return build(cls, content)
+        except BROKEN as error:
+            raise ValueError(f"{path} is not a record of `moeq eval`: {sentence(error)}") from error
 
 
 def _finite(value: Any) -> Any:

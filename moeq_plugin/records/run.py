@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.records.sampling import SamplingReport
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
+from moeq_plugin.untrusted.typed import build
 
 SCHEMA_VERSION = 1
 FILE_NAME = "moeq_run.json"
@@ -23,6 +26,7 @@ class Basis(StrEnum):
     OWN = "own"  # its own tokens
     SHRUNK = "shrunk"  # too few tokens of its own: mixed with those of the whole layer
     LAYER = "layer"  # no token of its own: those of the whole layer
+    FEW = "few"  # its own tokens, too few, where there is no layer of experts to borrow from
     NONE = "none"  # nothing usable: weights rounded to nearest
 
 
@@ -101,11 +105,13 @@ class RunRecord:
         if self.linears:
             worst = min(self.linears, key=lambda record: record.effective_tokens)
             tail = f"; fewest effective tokens {worst.effective_tokens:.1f} ({worst.name})"
+        num_few = self.count(Basis.FEW)
+        few = f"{num_few} on fewer tokens than they need, " if num_few else ""
         return (
             f"quantized {len(self.linears)} of {num_targets} linears, "
             f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
-            f"{self.count(Basis.NONE)} rounded to nearest{tail}"
+            f"{few}{self.count(Basis.NONE)} rounded to nearest{tail}"
         )
 
     def _smoothing_summary(self) -> str:
@@ -131,14 +137,14 @@ class RunRecord:
         """
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, MAX_LIST_BYTES)
             version = content.get("schema_version")
             if version == SCHEMA_VERSION:
-                return [cls(**_typed(run)) for run in content["runs"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not the record of a run: {error}") from error
+                return [build(cls, run) for run in content["runs"]]
+        except BROKEN as error:
+            raise ValueError(f"{path} is not the record of a run: {sentence(error)}") from error
         raise ValueError(
-            f"{path} has schema version {version}, this package reads {SCHEMA_VERSION}"
+            f"{path} has schema version {ascii(version)}, this package reads {SCHEMA_VERSION}"
         )
 
 
@@ -148,9 +154,3 @@ def save_records(records: list[RunRecord], directory: Path) -> Path:
     content = {"schema_version": SCHEMA_VERSION, "runs": [asdict(record) for record in records]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def _typed(run: dict[str, Any]) -> dict[str, Any]:
-    linears = [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in run["linears"]]
-    sampling = run.get("sampling")
-    return {**run, "linears": linears, "sampling": sampling and SamplingReport(**sampling)}

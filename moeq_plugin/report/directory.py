@@ -5,7 +5,6 @@ A file that is missing or broken is a gap in the report, with a sentence, and ne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,9 @@ from moeq_plugin.records.quality import QualityRecord
 from moeq_plugin.records.run import FILE_NAME as RECORD_FILE
 from moeq_plugin.records.run import LinearRecord, RunRecord
 from moeq_plugin.report.stored import Stored, read_stored
+from moeq_plugin.untrusted.broken import BROKEN, sentence
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
+from moeq_plugin.untrusted.text import harmless
 
 SENSITIVITY_FILE = "moeq_sensitivity.json"
 ALLOCATION_FILE = "moeq_allocation.json"
@@ -116,15 +118,13 @@ def _read(found: Findings, path: Path, reader: Callable[[Path], T]) -> T | None:
         return None
     try:
         return reader(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        found.problems.append(f"{path.name} could not be read: {error}")
+    except BROKEN as error:
+        found.problems.append(f"{harmless(path.name)} could not be read: {sentence(error)}")
         return None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+    content = read_json(path, MAX_LIST_BYTES)
     missing = [key for key in _KEYS.get(path.name, ()) if key not in content]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")

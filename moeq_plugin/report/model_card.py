@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,9 +17,11 @@ from moeq_plugin.records.run import Basis, RunRecord
 from moeq_plugin.report.directory import Findings, read_directory
 from moeq_plugin.report.section import number, percent, size, with_error
 from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
+from moeq_plugin.untrusted.text import harmless, markdown
 
 FILE_NAME = "README.md"
 _MAX_ROWS = 40
+_PLAIN = re.compile(r"[A-Za-z][\w.+-]*(/[\w.+-]+)?", re.ASCII)
 
 
 def model_card(found: Findings) -> str:
@@ -33,7 +37,26 @@ def model_card(found: Findings) -> str:
         _recipe(found),
         _limits(found),
     )
-    return "\n".join(line for part in parts for line in part) + "\n"
+    return "\n".join(_safe(line for part in parts for line in part)) + "\n"
+
+
+def _safe(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines such that names in records are text: no HTML, no line of their own.
+
+    What is fenced is shown as it is, and the metadata quotes its own values.
+    """
+    is_fenced = False
+    for line in lines:
+        if line.startswith("```") or line == "---":
+            is_fenced = not is_fenced
+            yield line
+        else:
+            yield harmless(line) if is_fenced else markdown(line)
+
+
+def _scalar(text: str) -> str:
+    """Return a text as YAML reads it back, quoted where it may not stand plain."""
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def save_model_card(
@@ -53,18 +76,19 @@ def save_model_card(
 
 
 def _metadata(found: Findings) -> Iterator[str]:
-    method = (found.config.get("quantization_config") or {}).get("quant_method")
-    tags = ["moeq-plugin", "llm-compressor", *([method] if method else [])]
+    section = found.config.get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    tags = ["moeq-plugin", "llm-compressor", *([method] if isinstance(method, str) else [])]
     if effective_tokens(found.linears):
         tags.insert(0, "moe")
     yield "---"
     if _is_hub_id(found.model):
-        yield f"base_model: {found.model}"
+        yield f"base_model: {_scalar(found.model)}"
         yield "base_model_relation: quantized"
     yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
     yield "tags:"
-    yield from (f"- {tag}" for tag in tags)
+    yield from (f"- {_scalar(tag)}" for tag in tags if tag)
     yield "---"
 
 
@@ -85,7 +109,7 @@ def _overview(found: Findings, name: str) -> Iterator[str]:
     yield f"A quantized copy{base}, made with {made or 'unknown means'} of moeq-plugin."
     yield from ("", "| | |", "|---|---|")
     if config.get("architectures"):
-        yield f"| architecture | {', '.join(config['architectures'])} |"
+        yield f"| architecture | {', '.join(map(str, config['architectures']))} |"
     experts = next((config[k] for k in _EXPERTS if config.get(k)), None)
     if experts:
         shared = config.get("n_shared_experts") or int("shared_expert_intermediate_size" in config)
@@ -176,13 +200,14 @@ def _use(found: Findings, name: str) -> Iterator[str]:
 
 
 def _evaluation(found: Findings, name: str) -> Iterator[str]:
-    base = _base(found) or "BASE"
+    base = shlex.quote(_base(found) or "BASE")  # people paste these lines into a shell
     tasks = ",".join(t.task for t in found.quality.tasks) if found.quality else ""
     yield from ("", "## Evaluation", "", "```")
     yield f"moeq eval {base} ./{name} --text FILE --json ./{name}/moeq_eval.json"
     yield (
         f"lm_eval --model vllm --model_args pretrained=./{name},dtype=auto "
-        f"--tasks {tasks or 'arc_challenge,hellaswag,gsm8k'} --batch_size auto"
+        f"--tasks {shlex.quote(tasks) if tasks else 'arc_challenge,hellaswag,gsm8k'} "
+        "--batch_size auto"
     )
     yield "```"
     if found.quality is None:

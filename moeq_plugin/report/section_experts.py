@@ -15,6 +15,7 @@ _MAX_ROWS = 40
 IN_WORDS = {
     Basis.SHRUNK: "mixed with the layer's tokens",
     Basis.LAYER: "the layer's tokens only",
+    Basis.FEW: "its own tokens, too few",
     Basis.NONE: "rounded to nearest",
 }
 _SHARES = Scale(

@@ -12,13 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeq_plugin.checkpoint.headers import (
-    StoredTensor,
-    UnreadableFileError,
-    read_bytes,
-    read_header,
-)
+from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes, read_header
 from moeq_plugin.checkpoint.weight_files import weight_files
+from moeq_plugin.untrusted.broken import UnreadableFileError
 
 _OF_WEIGHT = "weight_"  # what is stored beside or instead of a weight: weight_scale and so on
 

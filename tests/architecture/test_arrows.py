@@ -37,24 +37,25 @@ def words(text: str) -> frozenset[str]:
 
 
 HOST = words("torch numpy transformers llmcompressor compressed_tensors loguru pydantic")
-OURS_BELOW = words("core models records files")  # what integrations stand on
-TENSORS = Rule(words("torch"), words("checkpoint"), words("core"))
+OURS_BELOW = words("core models records files untrusted")  # what integrations stand on
+TENSORS = Rule(words("torch"), words("checkpoint untrusted"), words("core"))
 # path of a folder or module -> its rule; the longest path that fits decides, whatever others say
 RULES: dict[str, Rule] = {
     "__init__": Rule(rooms=words("checkpoint core models integrations")),  # shows public names
-    "core": Rule(words("torch numpy scipy")),
+    "untrusted": Rule(),  # every reader of files goes through it
+    "core": Rule(words("torch numpy scipy"), words("untrusted")),
     "core/names": Rule(),
     "models": Rule(words("torch"), words("core")),
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
     # a checkpoint is judged by its headers; only these look at what tensors hold
-    "checkpoint": Rule(rooms=words("checkpoint"), pure_rooms=words("core")),
+    "checkpoint": Rule(rooms=words("checkpoint untrusted"), pure_rooms=words("core")),
     "checkpoint/codes": TENSORS,
     "checkpoint/checks/source": TENSORS,
     "checkpoint/checks/values": TENSORS,
-    "records": Rule(pure_rooms=words("core")),
+    "records": Rule(rooms=words("untrusted"), pure_rooms=words("core")),
     "records/environment": Rule(words("torch"), words("records")),  # its version and its device
-    "report": Rule(words("jinja2 plotly"), words("records checkpoint"), words("core")),
-    "files": Rule(rooms=words("core"), lazily=words("datasets")),
+    "report": Rule(words("jinja2 plotly"), words("records checkpoint untrusted"), words("core")),
+    "files": Rule(rooms=words("core untrusted"), lazily=words("datasets")),
     "cli": Rule(anything=True),
     "integrations": Rule(),  # and of a folder in it that has no rule yet
     # saving a checkpoint writes its model card
@@ -72,7 +73,9 @@ RULES: dict[str, Rule] = {
         HOST | words("safetensors datasets optimum"),
         OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
     ),
-    "integrations/optimum_cli": Rule(words("optimum transformers"), words("files integrations/hf")),
+    "integrations/optimum_cli": Rule(
+        words("optimum transformers"), words("files untrusted integrations/hf")
+    ),
 }
 
 

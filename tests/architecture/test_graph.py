@@ -12,10 +12,10 @@ HERE = "integrations/llm_compressor/"
 # From the bottom up. A room needs rooms of lower levels only; those of one level stand side by side
 # and do not know each other.
 LEVELS = (
-    {"frozen_fields", "host", "schemes"},
-    {"calibration", "checkpoint", "preflight", "recipe"},
-    {"solving", "rotation", "self_sampling"},
-    {"allocation", "awq"},
+    {"frozen_fields", "host", "one_run", "schemes", "unfinished"},
+    {"calibration", "checkpoint", "places", "recipe"},
+    {"preflight", "solving", "self_sampling"},
+    {"allocation", "awq", "rotation"},
     {"moequant"},
     {"rwkv"},
 )

@@ -8,7 +8,6 @@ from import_graph import INSTALLED_AS, INTEGRATIONS, PACKAGE, ROOT, is_package, 
 # Names that several modules of one part have, because they do the same for different things.
 SHARED_NAMES = {
     "modifier": "each method has one class that recipes name",
-    "preflight": "what is refused before any work: by every method, and by AWQ alone",
     "request": "what a recipe asks for, resolved and frozen: of a run, and of bits",
     "saving": "what a method adds to saving, beside what all of them do",
 }

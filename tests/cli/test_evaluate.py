@@ -84,10 +84,16 @@ def test_a_model_is_no_distance_from_itself(tiny, tmp_path):
 
 def test_every_expert_is_loaded_as_it_is_stored(tiny):
     # plain transformers applies the scheme of layer 0 to layer 1 and loads other numbers
-    exact, loaded = load_dequantized(tiny / "quant"), load_quantized(str(tiny / "quant"), "float32")
+    exact, loaded = (
+        load_dequantized(tiny / "quant"),
+        load_quantized(str(tiny / "quant"), "float32", trust_remote_code=False),
+    )
     for name, weight in exact.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.float()), name
-    assert load_quantized(str(tiny / "base"), "bfloat16").dtype == torch.bfloat16
+    assert (
+        load_quantized(str(tiny / "base"), "bfloat16", trust_remote_code=False).dtype
+        == torch.bfloat16
+    )
 
 
 def test_windows_are_spread_over_the_text_and_do_not_overlap(tiny):

@@ -85,6 +85,10 @@ def quantize(case: str, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moeq_plugin.rwkv  # noqa: F401 - makes transformers know RWKV
+    from moeq_plugin.integrations.llm_compressor import host
+
+    # that commit calibrated as the host does: this model without its causal mask
+    host._serves_us = lambda: False
 
     path = ASSETS / CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(path)

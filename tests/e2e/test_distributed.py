@@ -49,16 +49,16 @@ def worker(rank, world_size, rendezvous, model_path, out, settings):
 
         def begin_and_die_later(self, data):
             keep_alive(self, data)
-            from moeq_plugin.integrations.llm_compressor.calibration import ranks
+            from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 
-            exchange, count = ranks.exchange, iter(range(100))
+            exchange, count = rank_moments.exchange, iter(range(100))
 
             def exchange_or_die(*arguments):
                 if next(count) == 2:  # the first layer was the second call
                     os.kill(os.getpid(), signal.SIGKILL)
                 return exchange(*arguments)
 
-            ranks.exchange = exchange_or_die
+            rank_moments.exchange = exchange_or_die
 
         RunState.begin = begin_and_die_later
     run(model_path, out, **settings)

@@ -17,25 +17,28 @@ from typing import Any
 import torch
 
 from moeq_plugin.checkpoint.checks.gptq_config import differences
-from moeq_plugin.checkpoint.headers import read_json
 from moeq_plugin.checkpoint.weight_files import INDEX
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
+from moeq_plugin.files.new_directory import check_new_directory
+from moeq_plugin.files.places import check_places
+from moeq_plugin.files.publish import staged
 from moeq_plugin.integrations.hf.gptq import config as gptq_config
 from moeq_plugin.integrations.hf.gptq import tensors as stored_linears
+from moeq_plugin.integrations.hf.gptq.companions import companions
 from moeq_plugin.integrations.hf.gptq.config import GPTQFormat
 from moeq_plugin.integrations.hf.gptq.files import (
     ShardWriter,
     WeightFiles,
-    new_directory,
     write_json,
 )
 from moeq_plugin.integrations.hf.gptq.names import Names, rename_modules, renamer
+from moeq_plugin.untrusted.reading import read_json
 
 FORMATS = ("gptq", "compressed-tensors")
 QUANTIZE_CONFIG = "quantize_config.json"
 # what is written anew, and the model card, which describes the other format
-_OWN = {"config.json", QUANTIZE_CONFIG, INDEX, "README.md"}
+OWN_FILES = frozenset({"config.json", QUANTIZE_CONFIG, INDEX, "README.md"})
 
 Rename = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
@@ -88,21 +91,23 @@ def convert(
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; expected one of {list(FORMATS)}")
+    check_places(reads={"source": source}, makes={"out": out})
+    check_new_directory(out)
     config = read_json(source / "config.json")
+    copied, _ = companions(source, without=OWN_FILES)
     section = _section(source, config, to)
     files = WeightFiles(source)
     if to == "gptq":
         plan = _plan_gptq(section, files, zero_points, renamer(config["model_type"], names))
     else:
         plan = _plan_packed(section, files, renamer(config["model_type"], Names.CHECKPOINT))
-    with new_directory(out) as unfinished:
+    with staged(out) as unfinished:
         _write_weights(files, plan, ShardWriter(unfinished))
         if to == "gptq":
             write_json(unfinished / QUANTIZE_CONFIG, plan.section)
         write_json(unfinished / "config.json", config | {"quantization_config": plan.section})
-        for path in source.iterdir():
-            if path.is_file() and path.name not in _OWN and path.suffix != ".safetensors":
-                shutil.copy2(path, unfinished)
+        for path in copied:
+            shutil.copyfile(path, unfinished / path.name)  # with modes of its own
     return len(stored_linears.linears_in(files, plan.main))
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moeq_plugin.checkpoint.headers import StoredTensor, read_header
 from moeq_plugin.checkpoint.weight_files import INDEX, weight_files
-from moeq_plugin.files.atomic import staged
 
 
 class WeightFiles:
@@ -72,8 +70,15 @@ class ShardWriter:
         self._num_bytes = 0
 
     def write(self, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one file of tensors."""
-        save_file(tensors, self._directory / file_name, {"format": "pt"})
+        """Write one file of tensors.
+
+        Raises:
+            OSError: if the disk is full or the like.
+        """
+        try:
+            save_file(tensors, self._directory / file_name, {"format": "pt"})
+        except SafetensorError as error:  # which is no OSError there
+            raise OSError(f"{self._directory / file_name} cannot be written: {error}") from error
         self._file_of |= dict.fromkeys(tensors, file_name)
         self._num_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -82,19 +87,6 @@ class ShardWriter:
         if len(set(self._file_of.values())) > 1:
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._file_of}
             write_json(self._directory / INDEX, index)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory that becomes ``path`` at the end, or vanishes on an error.
-
-    Raises:
-        ValueError: if ``path`` exists and is not an empty directory.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is not empty; nothing was written. Choose a new directory.")
-    with staged(path) as unfinished:
-        yield unfinished
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

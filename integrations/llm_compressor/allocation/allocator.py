@@ -15,7 +15,7 @@ from torch import nn
 
 from moeq_plugin.core.allocation import Allocation, allocate_bits
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.files.atomic import write_whole
+from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.decision import Decision
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
@@ -76,7 +76,7 @@ class BitAllocator:
             weight_observer=weight_observer,
         )
         allocator = cls(request, choices)
-        if request.allocation is not None:
+        if request.allocation is not None:  # it met its own budget, and none is asked for here
             allocator._use(Allocation.load(request.allocation))
             return allocator
         allocator._check_budget()
@@ -105,7 +105,7 @@ class BitAllocator:
         """Return the choice by name; raises as :attr:`decision` does."""
         return self.decision.allocation
 
-    def measure(self, modifier: SensitivityModifier, state: State, kept: Path | None) -> None:
+    def measure(self, modifier: SensitivityModifier, state: State, kept: SealedFile | None) -> None:
         """Measure sensitivities on the calibration data and choose.
 
         Args:
@@ -113,12 +113,13 @@ class BitAllocator:
             state: the host's.
             kept: where the table is kept once it has been measured, and found if it was.
         """
-        if kept is not None and kept.exists():
-            self._solve(SensitivityTable.load(kept))
+        # files appear whole: one that is there is a table that was finished, of this very run
+        if kept is not None and kept.is_there():
+            self._solve(SensitivityTable.load(kept.path))
             return
         table = measure_sensitivity(modifier, state)
         if kept is not None and is_source_process():
-            write_whole(kept, table.save)
+            kept.write(table.save)
         self._solve(table)
 
     def config_groups(self) -> tuple[dict[str, QuantizationScheme], list[str]]:
@@ -140,6 +141,7 @@ class BitAllocator:
             InfeasibleBudgetError: naming the range that can be met.
         """
         self._choices.check_fit()
+        # at no loss only bytes decide: if even this cannot be solved, no measured table can
         free = np.where(self._choices.fits(), 0.0, np.inf)[None]
         table = self._choices.table(free, domains=("none",))
         allocate_bits(table, self._request.budget, target=self._request.target)
@@ -157,6 +159,7 @@ class BitAllocator:
                 f"{options}"
             )
         target = self._request.target
+        # where experts share a scheme, one that saw few tokens is judged together with the others
         is_free = target in {Target.EXPERT, Target.LINEAR}
         allocation = allocate_bits(
             table.floored() if is_free else table,

@@ -65,6 +65,7 @@ class Decision:
         _check_names(choices, allocation)
         options = {option.name: option for option in choices.options}
         chosen = set(allocation.choice.values())
+        # of an allocation made elsewhere; the recipe's own come first, with its observer
         options |= {name: parse_option(name) for name in sorted(chosen - options.keys())}
         _check_units(choices, target, allocation)
         options = {name: option for name, option in options.items() if name in chosen}

@@ -40,6 +40,7 @@ class Domains:
             ValueError: if a domain has too few sequences to halve, or no name.
         """
         ours = Counter(domain for batch in batches for domain in domains_of(dict(batch)))
+        # counted over ranks, so that every rank refuses, or none does and leaves others waiting
         before, counts = ranks.over_ranks(ours)
         few = {domain: count for domain, count in counts.items() if count < 2}
         if few or not counts:

@@ -10,7 +10,7 @@ from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.allocation.domains import Domains
 from moeq_plugin.integrations.llm_compressor.allocation.held_out_loss import HeldOutLoss
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments, ranks
 from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
@@ -86,8 +86,8 @@ class Halves:
     def share_out(self) -> dict[str, int]:
         """Add up what all ranks have seen; return which of them rounds and judges each linear."""
         for calibration in self._calibrations():
-            ranks.sum_over_ranks(calibration, self._names)
-        return ranks.keep_own_share(self.rounding, self._names)
+            rank_moments.sum_over_ranks(calibration, self._names)
+        return rank_moments.keep_own_share(self.rounding, self._names)  # what judges stays whole
 
     def held_out_losses(
         self, row_weights: Mapping[nn.Linear, torch.Tensor] | None

@@ -43,7 +43,7 @@ class HeldOutLoss:
             for observation in calibration.observations.values()
             for linear in observation.linears
         }
-        self._moments: dict[int, torch.Tensor] = {}
+        self._moments: dict[int, torch.Tensor] = {}  # by identity: siblings share an observation
         pools: dict[str, list[nn.Linear]] = {}
         for linear in self._observations:
             pools.setdefault(pool_of(names[linear]), []).append(linear)
@@ -51,6 +51,7 @@ class HeldOutLoss:
         self._norms: dict[nn.Linear, float] = {}
         for pool in pools.values():
             weights = torch.stack([self._observations[m].moments.weight_sum for m in pool])
+            # experts of one role share out the tokens, and one may have got none by chance
             shares = smoothed_shares(weights, num_tokens) if len(pool) > 1 else weights / num_tokens
             self._shares.update(zip(pool, shares.tolist(), strict=True))
         if row_weights is None:
@@ -67,6 +68,7 @@ class HeldOutLoss:
         error = self._error(linear, difference)
         args = option.scheme.input_activations if option.scheme is not None else None
         if args is not None:
+            # taken to be independent of the error of the weight, so that the squares add up
             error += self._activation_error(linear, 2**args.num_bits - 1)
         return error / self._norms.get(linear, 1.0)
 

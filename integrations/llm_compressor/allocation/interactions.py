@@ -114,7 +114,7 @@ def _weighted_errors(
     for index, expert in enumerate(experts):
         tokens, slots = torch.where(routing.top_k_index == index)
         inputs, weights = rows[tokens], routing.top_k_weights[tokens, slots, None].float()
-        original = expert(inputs).float()
+        original = expert(inputs).float()  # the weights in place are those of 16 bits all the time
         linears = [m for m in expert.modules() if isinstance(m, nn.Linear)]
         for option in range(options):
             with _computing_with({linear: rounded[linear][option] for linear in linears}):

@@ -60,6 +60,7 @@ class MeasuredLosses:
                 f"with the most bytes: {', '.join(unseen[:5])}"
             )
         fits, num_bytes = self._choices.fits(), self._choices.num_bytes()
+        # infinity for all other options, so that no budget can take these bytes away
         largest = np.where(fits, num_bytes, 0).max(1, keepdims=True)
         keep = np.where(fits & (num_bytes == largest), 0.0, np.inf)
         losses = [

@@ -69,6 +69,7 @@ class Measurement:
     def finish_layer(self) -> None:
         """Round and judge the linears that were called since the last layer."""
         rounding, names = self._halves.rounding, self._choices.names
+        # each rank rounds and judges its share; those of other ranks are gone from `rounding` then
         owners = self._halves.share_out() if is_distributed() else None
         with torch.no_grad(), disable_offloading():
             moments = [
@@ -84,6 +85,7 @@ class Measurement:
             rounded = self._judge(moments)
             if owners is not None:
                 self._exchange(owners, rounded)
+            # after the exchange: an expert's error needs the weights of all experts, on every rank
             self._interactions.measure(self._halves.first_judging, rounded, self._row_weights)
         self._halves.clear_layer()
         report_progress(layer_progress("measure", self._losses.by_name, self._losses.pending()))
@@ -108,12 +110,14 @@ class Measurement:
         self._losses.expect(called)
         rounded: dict[nn.Linear, list[torch.Tensor]] = {}
         for index, option in enumerate(self._choices.options):
+            # 16 bits lose nothing; what does not fit keeps the infinity that it was expected with
             if option.scheme is None:
                 for linear in called:
                     self._losses.put(linear, index, 0.0)
             for linear, difference in self._rounding.differences(option, moments):
                 losses = [of_domain.loss(linear, difference, option) for of_domain in held_out]
                 self._losses.put(linear, index, losses)
+                # kept only where it is asked for: a layer at every option takes much memory
                 if linear in self._interactions.linears:
                     weight = linear.weight + difference.to(linear.weight.dtype)
                     rounded.setdefault(linear, []).append(weight)

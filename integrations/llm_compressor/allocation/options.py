@@ -112,6 +112,7 @@ def parse_option(name: str, weight_observer: str | None = None) -> Option:
     size = _GROUP_SIZE.search(name)
     if size is not None:
         args.strategy, args.group_size = QuantizationStrategy.GROUP, int(size[1])
+    # what the host's GPTQModifier would fill in: measured is what will be attached
     args.actorder, args.observer = ActivationOrdering.STATIC, weight_observer or args.observer
     return Option(name, scheme)
 
@@ -119,6 +120,7 @@ def parse_option(name: str, weight_observer: str | None = None) -> Option:
 @cache
 def _stored_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Measure with the host's own compressor what it stores for a weight of this shape."""
+    # zeros do: what is stored depends on shapes and dtypes alone
     weight = torch.zeros(shape, dtype=dtype)
     scheme = parse_option(name).scheme
     if scheme is None or scheme.weights is None:

@@ -37,6 +37,7 @@ def measure_row_weights(
         seed: of the tokens that the model draws.
     """
     seen = sum(_num_tokens(batch) for batch in batches)
+    # the limit on tokens is that of all ranks: one has to know what those before it have used
     before, _ = ranks.over_ranks(Counter({0: seen}))
     gradients = OutputGradients(names, layers)
     gradients.measure(

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 from torch.utils.data import DataLoader
 
 from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.domains import Domains
 from moeq_plugin.integrations.llm_compressor.allocation.halves import Halves
@@ -36,11 +38,12 @@ from moeq_plugin.integrations.llm_compressor.host import (
     run_routed_tokens_only,
     undo_with_oneshot,
 )
+from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import layer_progress, report_progress
 
 
-class SensitivityModifier(FrozenFields):
+class SensitivityModifier(FrozenFields, OneRun, Modifier):
     """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
 
     The loss of linear ``l`` at option ``b`` is ``E[g^2 . (dW_b x)^2] / 2`` in nats per token:
@@ -112,7 +115,8 @@ class SensitivityModifier(FrozenFields):
         Raises:
             ValueError: if an option is unknown, a target matches nothing or there are no data.
         """
-        _calibration_data(state)
+        preflight.count_tokens(_calibration_data(state), state.model)
+        preflight.check_finite_weights(state.model)
         self._layers = find_moe_layers(state.model)
         self._choices = Choices.of(
             state.model,
@@ -132,12 +136,14 @@ class SensitivityModifier(FrozenFields):
             ValueError: if a domain has too few sequences to halve, or no name.
         """
         undo_with_oneshot(self._undo)
-        self._undo.callback(self.remove_hooks)
+        self._undo.callback(self.remove_hooks)  # a failure sends no event that would remove them
         domains = Domains.of(_calibration_data(state), self.config.domain_names)
+        # from here on, so that it holds for the backward passes as well
         run_routed_tokens_only(state.model, self._undo)
         report_progress(layer_progress("measure", (), self._choices.names.values()))
         # before the pass that is observed: the backward passes run the model too
         row_weights = self._row_weights(state) if self.config.gradient else None
+        # the host caches its batches between this event and the first layer
         watch = PaddingWatch(state)
         listen_to_batches(watch, self._undo)
         self._measurement = self._new_measurement(watch, domains, row_weights)
@@ -202,6 +208,8 @@ def measure_sensitivity(modifier: SensitivityModifier, state: State) -> Sensitiv
         modifier: not initialized yet.
         state: the host's, with model and data.
     """
+    # as the host would, had it stood in the recipe; the host refuses events to one that it does
+    # not take for initialized
     modifier.initialize(state)
     # its weights stay as they are, so that there is no error to propagate
     run_pass(modifier, state, _calibration_data(state), propagate_error=False)

@@ -35,6 +35,7 @@ def target_linears(
 
 def other_bytes(model: nn.Module, names: Mapping[nn.Linear, str]) -> int:
     """Return the bytes of all tensors that a checkpoint holds beside these linears' weights."""
+    # by identity: tied weights are one tensor of the file
     ours = {id(linear.weight) for linear in names}
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if id(t) not in ours}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

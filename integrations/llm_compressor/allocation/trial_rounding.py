@@ -88,6 +88,7 @@ class TrialRounding:
         if option.scheme is None:
             return
         fitting = [[linear for linear in of.linears if option.fits(linear)] for of in moments]
+        # the observers choose the scales, as they will for the option that is chosen in the end
         with _attached([linear for linears in fitting for linear in linears], option.scheme):
             jobs = [
                 of.job(linears, option.scheme.weights)
@@ -107,6 +108,7 @@ class TrialRounding:
 @contextlib.contextmanager
 def _attached(linears: Sequence[nn.Linear], scheme: QuantizationScheme) -> Iterator[None]:
     """Attach a scheme and weight observers that have seen their weights, and take them off."""
+    # taken off in any case: who iterates above may stop before the end, and solving may fail
     with contextlib.ExitStack() as undo:
         for linear in linears:
             linear.quantization_scheme = scheme

@@ -1,11 +1,37 @@
-"""Fewer and larger batches for blocks that treat every token by itself."""
+"""What a block is called with, in fewer and larger batches, and which of its tokens are padding."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import nn
+
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 
 _TOKENS = 8192  # experts get their share of them at a time: enough to keep a device busy
+
+
+class BatchMasks:
+    """Token masks of all batches, whichever pipeline runs the model.
+
+    Args:
+        padding: hears of the batches of the host's sequential pipeline.
+    """
+
+    def __init__(self, padding: PaddingWatch) -> None:
+        self._padding = padding
+        self._direct: list[torch.Tensor | None] = []
+
+    def note(self, _model: nn.Module, _args: object, kwargs: Mapping[str, torch.Tensor]) -> None:
+        """Note the mask that the whole model is called with; a forward pre-hook."""
+        self._direct.append(kwargs.get("attention_mask"))
+
+    def of_batches(self) -> list[torch.Tensor | None]:
+        """Return the mask of each batch, in their order; a batch may have none."""
+        cached = [batch.get("attention_mask") for batch in self._padding.batches]
+        return cached or self._direct
 
 
 def without_padding(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

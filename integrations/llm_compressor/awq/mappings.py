@@ -5,30 +5,33 @@ Every mapping that can be tried by itself is tried before it is used (``probes.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
+from moeq_plugin.integrations.llm_compressor.awq.decoders import (
+    DecoderLayer,
+    Named,
+    decoder_layers,
+)
 from moeq_plugin.integrations.llm_compressor.awq.probes import (
     commutes,
     reads_through,
     scales_with_weight,
 )
-from moeq_plugin.integrations.llm_compressor.schemes import weight_args
-from moeq_plugin.models.moe import MoELayer, UnsupportedModelError
+from moeq_plugin.integrations.llm_compressor.schemes import weight_args, weight_of
+from moeq_plugin.models.moe import MoELayer
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 # what an attention module may own beside the linears that read its input and o_proj
 _BEHIND = {"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"}
 _HEAD_NORMS = ("q_norm", "k_norm")
-_MLP_CHILDREN = ("experts", "down_proj")
 
 
-@dataclass
+@dataclass(frozen=True)
 class FoundMappings:
     """What can be smoothed and what cannot.
 
@@ -37,28 +40,29 @@ class FoundMappings:
         left_out: name of the module whose output is not scaled, and why.
     """
 
-    resolved: list[ResolvedMapping] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    resolved: tuple[ResolvedMapping, ...]
+    left_out: Mapping[str, str]
 
-    def only_quantized(self) -> list[ResolvedMapping]:
-        """Return the mappings into weights that have a scheme; note the others as left out."""
-        kept = []
-        for mapping in self.resolved:
-            if any(weight_args(layer) is not None for layer in mapping.balance_layers):
-                kept.append(mapping)
-            else:
-                self.left_out[mapping.smooth_name] = "what it feeds is not quantized"
-        return kept
+    def only_quantized(self) -> FoundMappings:
+        """Return the mappings into weights that have a scheme; the others are left out."""
+        kept = tuple(mapping for mapping in self.resolved if _feeds_quantized(mapping))
+        reasons = {
+            mapping.smooth_name: "what it feeds is not quantized"
+            for mapping in self.resolved
+            if not _feeds_quantized(mapping)
+        }
+        return FoundMappings(kept, {**self.left_out, **reasons})
 
 
 @dataclass(frozen=True)
-class _Decoder:
-    """A decoder layer: two norms, each followed by what reads it alone."""
+class _LeftOut:
+    """A module whose output is not scaled."""
 
     name: str
-    norms: tuple[nn.Module, nn.Module]
-    attention: tuple[str, nn.Module]
-    mlp: tuple[str, nn.Module]
+    reason: str
+
+
+_Found = ResolvedMapping | _LeftOut
 
 
 def judged_alone(mapping: ResolvedMapping) -> nn.Linear | None:
@@ -84,153 +88,134 @@ def find_mappings(model: nn.Module, layers: list[MoELayer]) -> FoundMappings:
     Raises:
         UnsupportedModelError: if a decoder layer has parts whose place is not known.
     """
-    found = FoundMappings()
     blocks = {layer.name: layer for layer in layers}
+    found: list[_Found] = []
     with HooksMixin.disable_hooks():  # nobody observes what is only tried
-        for decoder in _decoders(model, layers):
-            _map_attention(found, decoder)
-            _map_mlp(found, decoder, blocks.get(decoder.mlp[0]))
-    return found
-
-
-def _decoders(model: nn.Module, layers: list[MoELayer]) -> Iterator[_Decoder]:
-    names: dict[str, None] = {}  # in order and once
-    for layer in layers:
-        name = layer.name.rpartition(".")[0]
-        stack = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(stack), nn.ModuleList):
-            members = model.get_submodule(stack).named_children()
-            names.update(dict.fromkeys(f"{stack}.{index}" for index, _ in members))
-        else:
-            names[name] = None
-    for name in names:
-        yield _decoder(name, model.get_submodule(name))
-
-
-def _decoder(name: str, module: nn.Module) -> _Decoder:
-    children = dict(module.named_children())
-    attention = [n for n, child in children.items() if hasattr(child, "o_proj")]
-    mlp = [n for n, child in children.items() if any(hasattr(child, c) for c in _MLP_CHILDREN)]
-    if len(attention) != 1 or len(mlp) != 1 or {*attention, *mlp, *_NORMS} != set(children):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) consists of {', '.join(children)}; expected "
-            f"{', '.join(_NORMS)}, an attention module with o_proj and an MLP or MoE block, each "
-            "norm read by what follows it alone. Pass `mappings` that hold for this architecture "
-            "(llmcompressor.modifiers.transform.awq.AWQMapping)."
-        )
-    return _Decoder(
-        name=name,
-        norms=(children[_NORMS[0]], children[_NORMS[1]]),
-        attention=(f"{name}.{attention[0]}", children[attention[0]]),
-        mlp=(f"{name}.{mlp[0]}", children[mlp[0]]),
+        for decoder in decoder_layers(model, layers):
+            found += _of_attention(decoder)
+            found += _of_mlp(decoder, blocks.get(decoder.mlp.name))
+    return FoundMappings(
+        resolved=tuple(one for one in found if isinstance(one, ResolvedMapping)),
+        left_out={one.name: one.reason for one in found if isinstance(one, _LeftOut)},
     )
 
 
-def _map_attention(found: FoundMappings, decoder: _Decoder) -> None:
-    name, attention = decoder.attention
-    children = dict(attention.named_children())
-    norm_name = f"{decoder.name}.{_NORMS[0]}"
-    readers = {
+def _of_attention(decoder: DecoderLayer) -> Iterator[_Found]:
+    attention = decoder.attention
+    children = dict(attention.module.named_children())
+    readers: dict[str, nn.Module] = {
         n: child
         for n, child in children.items()
         if isinstance(child, nn.Linear) and n not in {*_BEHIND, "o_proj"}
     }
     known = {*readers, "o_proj", *_BEHIND, *_BEHIND.values(), *_HEAD_NORMS}
     unknown = [n for n, child in children.items() if n not in known and [*child.parameters()]]
-    reason = f"{name}.{', '.join(unknown)} may read it too" if unknown else None
-    _add_norm(found, norm_name, decoder.norms[0], name, attention, readers, reason)
+    reason = f"{attention.name}.{', '.join(unknown)} may read it too" if unknown else None
+    yield _of_norm(decoder.attention_norm, attention, readers, reason)
     for linear, norm in _BEHIND.items():
         if linear in children and norm in children:
-            reader = {linear: children[linear]}
-            _add_norm(found, f"{name}.{norm}", children[norm], name, attention, reader)
-    _add_values(found, name, children)
+            inner = Named(f"{attention.name}.{norm}", children[norm])
+            yield _of_norm(inner, attention, {linear: children[linear]})
+    yield from _of_values(attention.name, children)
 
 
-def _add_values(found: FoundMappings, name: str, children: dict[str, nn.Module]) -> None:
-    """Add ``v_proj`` to ``o_proj``: attention is linear in the values, head by head."""
+def _of_values(name: str, children: dict[str, nn.Module]) -> Iterator[_Found]:
+    """Yield ``v_proj`` to ``o_proj``: attention is linear in the values, head by head."""
     v_proj, o_proj = children.get("v_proj"), children["o_proj"]
     if v_proj is None:
         if "kv_b_proj" in children:
-            found.left_out[f"{name}.kv_b_proj -> o_proj"] = (
-                "its features are keys and values of several heads, in turns"
+            yield _LeftOut(
+                f"{name}.kv_b_proj -> o_proj",
+                "its features are keys and values of several heads, in turns",
             )
         return
-    if v_proj.out_features != o_proj.in_features:
-        found.left_out[f"{name}.v_proj"] = (
-            f"grouped-query attention: {v_proj.out_features} features feed {o_proj.in_features}"
-        )
+    num_values, num_read = len(weight_of(v_proj)), weight_of(o_proj).shape[1]
+    if num_values != num_read:
+        reason = f"grouped-query attention: {num_values} features feed {num_read}"
+        yield _LeftOut(f"{name}.v_proj", reason)
         return
-    found.resolved.append(_single(f"{name}.v_proj", v_proj, f"{name}.o_proj", o_proj))
+    yield _of_linears(Named(f"{name}.v_proj", v_proj), Named(f"{name}.o_proj", o_proj))
 
 
-def _map_mlp(found: FoundMappings, decoder: _Decoder, layer: MoELayer | None) -> None:
-    name, mlp = decoder.mlp
-    norm_name = f"{decoder.name}.{_NORMS[1]}"
-    mlps = {name: mlp} if layer is None else _mlps_of(layer)
+def _of_mlp(decoder: DecoderLayer, layer: MoELayer | None) -> Iterator[_Found]:
+    mlp = decoder.mlp
+    mlps = [mlp] if layer is None else _mlps_of(layer)
     readers = {
-        f"{n}.{p}".removeprefix(f"{name}."): getattr(part, p)
-        for n, part in mlps.items()
+        part.child(p).name.removeprefix(f"{mlp.name}."): part.child(p).module
+        for part in mlps
         for p in ("gate_proj", "up_proj")
-        if hasattr(part, p)
+        if hasattr(part.module, p)
     }
     if layer is not None:
         others = {layer.router, layer.shared_gate}
-        readers.update((n, child) for n, child in mlp.named_children() if child in others)
+        readers.update((n, child) for n, child in mlp.module.named_children() if child in others)
     reason = None
-    if not reads_through(mlp, list(readers.values())):
-        reason = f"{name} does more to its input than multiply it with {len(readers)} weights"
-    _add_norm(found, norm_name, decoder.norms[1], name, mlp, readers, reason)
+    if not reads_through(mlp.module, list(readers.values())):
+        reason = f"{mlp.name} does more to its input than multiply it with {len(readers)} weights"
+    yield _of_norm(decoder.mlp_norm, mlp, readers, reason)
     is_linear: dict[type, bool] = {}  # the experts of a layer are all of one kind
-    for n, part in mlps.items():
-        kind = type(part)
+    for part in mlps:
+        kind = type(part.module)
         if kind not in is_linear:
-            is_linear[kind] = commutes(part)
+            is_linear[kind] = commutes(part.module)
+        up, down = (
+            Named(f"{part.name}.{p}", part.module.get_submodule(p))
+            for p in ("up_proj", "down_proj")
+        )
         if is_linear[kind]:
-            up_name, down_name = f"{n}.up_proj", f"{n}.down_proj"
-            found.resolved.append(_single(up_name, part.up_proj, down_name, part.down_proj))
+            yield _of_linears(up, down)
         else:
-            found.left_out[f"{n}.up_proj"] = (
+            yield _LeftOut(
+                up.name,
                 f"what {kind.__name__} does between up_proj and down_proj (a clamp, an "
-                "offset or a nonlinearity) does not commute with scaling"
+                "offset or a nonlinearity) does not commute with scaling",
             )
 
 
-def _mlps_of(layer: MoELayer) -> dict[str, nn.Module]:
-    mlps = {f"{layer.name}.experts.{i}": layer.expert(i) for i in range(layer.num_experts)}
-    for name, child in layer.block.named_children():
-        if child is layer.shared_expert:
-            mlps[f"{layer.name}.{name}"] = child
-    return mlps
+def _mlps_of(layer: MoELayer) -> list[Named]:
+    mlps = [Named(f"{layer.name}.experts.{i}", layer.expert(i)) for i in range(layer.num_experts)]
+    children = layer.block.named_children()
+    shared = [(name, child) for name, child in children if child is layer.shared_expert]
+    return mlps + [Named(f"{layer.name}.{name}", child) for name, child in shared]
 
 
-def _single(up_name: str, up: nn.Module, down_name: str, down: nn.Module) -> ResolvedMapping:
-    return ResolvedMapping(up_name, up, [down], [down_name], parent=down, parent_name=down_name)
+def _of_linears(up: Named, down: Named) -> ResolvedMapping:
+    return ResolvedMapping(
+        smooth_name=up.name,
+        smooth_layer=up.module,
+        balance_layers=[down.module],
+        balance_names=[down.name],
+        parent=down.module,
+        parent_name=down.name,
+    )
 
 
-def _add_norm(
-    found: FoundMappings,
-    norm_name: str,
-    norm: nn.Module,
-    parent_name: str,
-    parent: nn.Module,
-    readers: dict[str, nn.Module],
-    reason: str | None = None,
-) -> None:
-    """Add a norm and all its readers, or say why not."""
-    if not scales_with_weight(norm):
-        reason = f"the output of {type(norm).__name__} is not proportional to its weight"
-    elif any(reader.weight.shape[1] != len(norm.weight) for reader in readers.values()):
+def _of_norm(
+    norm: Named, parent: Named, readers: dict[str, nn.Module], reason: str | None = None
+) -> _Found:
+    """Return a norm with all its readers, by their names in ``parent``, or why not."""
+    weight = weight_of(norm.module)
+    if not scales_with_weight(norm.module):
+        kind = type(norm.module).__name__
+        reason = f"the output of {kind} is not proportional to its weight"
+    elif any(weight_of(reader).shape[1] != len(weight) for reader in readers.values()):
         reason = f"the widths of {', '.join(readers)} differ from the norm's"
     if reason is not None:
-        found.left_out[norm_name] = reason
-        return
-    names = [f"{parent_name}.{reader}" for reader in readers]
+        return _LeftOut(norm.name, reason)
+    names = [f"{parent.name}.{reader}" for reader in readers]
     if len(readers) == 1:  # the host, too, judges a single linear by its own output
-        (parent,), (parent_name,) = readers.values(), names
-    # of a MoE block, the first expert's linear sees only the tokens routed to it
-    watched = getattr(parent, "experts", None)
-    found.resolved.append(
-        ResolvedMapping(
-            norm_name, norm, list(readers.values()), names, parent, parent_name, watched
-        )
+        parent = Named(names[0], *readers.values())
+    return ResolvedMapping(
+        smooth_name=norm.name,
+        smooth_layer=norm.module,
+        balance_layers=list(readers.values()),
+        balance_names=names,
+        parent=parent.module,
+        parent_name=parent.name,
+        # of a MoE block, the first expert's linear sees only the tokens routed to it
+        activation_hook_target=getattr(parent.module, "experts", None),
     )
+
+
+def _feeds_quantized(mapping: ResolvedMapping) -> bool:
+    return any(weight_args(layer) is not None for layer in mapping.balance_layers)

@@ -38,6 +38,11 @@ def check_request(modifier: str, state: State, layers: list[MoELayer]) -> None:
             f"{modifier} needs calibration data, got none: pass dataset=... to oneshot, or let "
             "the model write some with moeq_plugin.ebss_dataset"
         )
+    preflight.check_merged(state.model)
+    preflight.check_untouched(state.model)
+    preflight.check_saving(state.model, layers)
+    preflight.count_tokens(state.data.calib, state.model).warn()
+    preflight.check_finite_weights(state.model)
     running = running_oneshot()
     if running is not None and running.dataset_args.use_loss_mask:
         raise ValueError(

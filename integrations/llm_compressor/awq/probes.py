@@ -15,24 +15,25 @@ from compressed_tensors.offload import update_offload_parameter
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from moeq_plugin.integrations.llm_compressor.schemes import weight_of
+
 _MAGNITUDES = (1.0, 32.0, 1024.0)  # of inputs; the largest reach every clamp
 
 
 def scales_with_weight(norm: nn.Module) -> bool:
     """Tell whether a norm's output is proportional to its weight and bias.
 
-    That of norms that multiply by ``1 + weight`` is not.
+    It is not for norms that multiply by ``1 + weight``.
 
     Args:
         norm: has a ``weight`` of ``[hidden]``.
     """
-    weight = norm.weight
-    assert isinstance(weight, torch.Tensor)  # that is what makes it a norm to us
+    weight, bias = weight_of(norm), _bias_of(norm)
     factors, rows = _powers_of_two(weight, len(weight)), _rows(weight, len(weight))
     expected = norm(rows) * factors
     changes = [(norm, "weight", weight * factors)]
-    if getattr(norm, "bias", None) is not None:
-        changes.append((norm, "bias", norm.bias * factors))
+    if bias is not None:
+        changes.append((norm, "bias", bias * factors))
     with _changed(changes):
         return torch.equal(norm(rows), expected)
 
@@ -44,13 +45,13 @@ def reads_through(block: nn.Module, readers: list[nn.Module]) -> bool:
         block: an MLP or MoE block, called with ``[batch, tokens, hidden]``.
         readers: modules in it with a ``weight`` of ``[out, hidden]``.
     """
-    weight = readers[0].weight
+    weight = weight_of(readers[0])
     num_channels = weight.shape[1]
-    if any(reader.weight.shape[1] != num_channels for reader in readers):
+    if any(weight_of(reader).shape[1] != num_channels for reader in readers):
         return False
     factors, rows = _powers_of_two(weight, num_channels), _rows(weight, num_channels)
     expected = block(rows[None])
-    with _changed([(reader, "weight", reader.weight * factors) for reader in readers]):
+    with _changed([(reader, "weight", weight_of(reader) * factors) for reader in readers]):
         return _same(block(rows[None] / factors), expected)
 
 
@@ -60,17 +61,18 @@ def commutes(mlp: nn.Module) -> bool:
     Args:
         mlp: has both, and whatever it likes between them.
     """
-    up, down = mlp.up_proj, mlp.down_proj
-    factors = _powers_of_two(up.weight, len(up.weight))
-    rows = _rows(up.weight, up.weight.shape[1])
+    up, down = mlp.get_submodule("up_proj"), mlp.get_submodule("down_proj")
+    weight, bias = weight_of(up), _bias_of(up)
+    factors = _powers_of_two(weight, len(weight))
+    rows = _rows(weight, weight.shape[1])
     inputs = [rows * magnitude for magnitude in _MAGNITUDES]
     expected = [mlp(rows) for rows in inputs]
     changes = [
-        (up, "weight", up.weight / factors[:, None]),
-        (down, "weight", down.weight * factors),
+        (up, "weight", weight / factors[:, None]),
+        (down, "weight", weight_of(down) * factors),
     ]
-    if up.bias is not None:
-        changes.append((up, "bias", up.bias / factors))
+    if bias is not None:
+        changes.append((up, "bias", bias / factors))
     with _changed(changes):
         return all(_same(mlp(x), y) for x, y in zip(inputs, expected, strict=True))
 
@@ -82,7 +84,7 @@ def _same(first: object, second: object) -> bool:
 
 @contextmanager
 def _changed(changes: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
-    """Put these values into parameters for a while."""
+    """Put values into parameters, given as module, name and value, for a while."""
     originals = [(module, name, getattr(module, name).clone()) for module, name, _ in changes]
     try:
         for module, name, value in changes:
@@ -91,6 +93,11 @@ def _changed(changes: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[Non
     finally:
         for module, name, value in originals:
             update_offload_parameter(module, name, value)
+
+
+def _bias_of(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
 
 
 def _powers_of_two(weight: torch.Tensor, num_channels: int) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Part:
 
     def keep(self, num_rows: int) -> torch.Tensor | None:
         """Return ``[num_rows]`` bool, true for this part's tokens; ``None`` for foreign rows."""
+        # by index: in the layer-by-layer pass a batch comes by once for each layer
         kept = self._kept[self._watch.batch_index]
         return kept if len(kept) == num_rows else None
 
@@ -54,12 +55,14 @@ class Part:
 
     @cached_property
     def _kept(self) -> list[torch.Tensor]:
+        # read once, on first use: the batches are not known before the host has cached them
         seen = Counter(self._before)
         kept = []
         for batch in self._watch.batches:
             ids = batch["input_ids"]
             is_ours = []
             for domain in domains_of(batch):
+                # counted within the domain and over all ranks, so that both halves have all kinds
                 in_half = seen[domain] % 2 == self._half
                 is_ours.append(in_half and self._domain in {None, domain})
                 seen[domain] += 1

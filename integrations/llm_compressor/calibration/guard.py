@@ -32,16 +32,18 @@ def guard(
             the second moments cannot have full rank.
         shrinkage: see :func:`moeq_plugin.core.hessian.shrink_toward`.
     """
-    moments, seat = observation.moments, observation.seat
+    moments, position = observation.moments, observation.position
     threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
     effective = moments.effective_tokens
     is_fed = effective >= threshold or (effective > 0 and shrinkage == 0)
-    if seat is None or seat.expert is None or is_fed:
-        basis = Basis.OWN if effective > 0 else Basis.NONE
+    if position is None or position.expert is None or is_fed:
+        own = Basis.OWN if is_fed else Basis.FEW
+        basis = own if effective > 0 else Basis.NONE
         return moments.hessian, moments.weight_sum.item(), basis
-    sample = calibration.samples[seat.layer.experts]
-    of_layer = layer_moments(observation, seat.layer.expert(seat.expert), sample)
+    sample = calibration.samples[position.layer.experts]
+    of_layer = layer_moments(observation, position.layer.expert(position.expert), sample)
     hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
+    # a mixture is made of means: the sum of its weights is 1
     if of_layer.effective_tokens == 0:
         return hessian, 1.0, Basis.NONE
     return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
@@ -55,7 +57,7 @@ def layer_moments(
 
     For gate and up these are the sample's own; for down the sample is sent through the expert.
     """
-    linear = observation.linears[0]
+    linear = observation.linears[0]  # all of them receive one input, so that any will do
     if linear is not expert.down_proj:
         return sample.moments
     inputs: list[torch.Tensor] = []

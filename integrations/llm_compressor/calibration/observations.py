@@ -8,7 +8,6 @@ routed has weight zero, so computing it, as the host does by default, changes no
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,15 +19,15 @@ from torch import distributed, nn
 from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.calibration.data_split import Part
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.calibration.shared_inputs import SharedInputs
 from moeq_plugin.integrations.llm_compressor.calibration.token_sample import TokenSample
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
 
 RegisterHook = Callable[..., object]
-_SharedInput = tuple[nn.Module | None, bool]  # parent of the linears, whether weights apply
 
 
 @dataclass(frozen=True)
-class Seat:
+class Position:
     """Where a linear sits in a MoE layer.
 
     Attributes:
@@ -47,12 +46,12 @@ class Observation:
     Attributes:
         moments: what was accumulated.
         linears: the linears, in order of first call.
-        seat: where they sit, ``None`` outside MoE layers.
+        position: where they sit, ``None`` outside MoE layers.
     """
 
     moments: SecondMoments
     linears: list[nn.Linear]
-    seat: Seat | None
+    position: Position | None
 
 
 class Calibration:
@@ -79,11 +78,10 @@ class Calibration:
         self.samples: dict[nn.Module, TokenSample] = {}
         self._seed = seed
         self._padding = padding
-        self._seats: dict[nn.Module, Seat] = {}
+        self._positions: dict[nn.Module, Position] = {}
         self._dispatch: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._shared_weights: dict[nn.Module, torch.Tensor | None] = {}
-        self._recent: dict[_SharedInput, tuple[weakref.ref[torch.Tensor], nn.Linear]] = {}
-        self._leaders: dict[nn.Linear, nn.Linear] = {}
+        self._shared_inputs = SharedInputs()
         self._parents: dict[nn.Module, nn.Module] = {}
         self._num_tokens = 0  # of the batch that the running experts received
 
@@ -105,21 +103,23 @@ class Calibration:
         self._parents = {child: parent for parent in model.modules() for child in parent.children()}
         register_hook(model, self._padding.read, "forward_pre", with_kwargs=True)
         for layer in layers:
-            self._take_seats(layer)
+            self._take_positions(layer)
+            # before the experts run: their linears see rows without knowing which tokens those are
             register_hook(layer.experts, self._open_experts, "forward_pre")
             if layer.shared_expert is not None:
                 register_hook(layer.shared_expert, self._open_shared_expert, "forward_pre")
         for linear in linears:
             register_hook(linear, self._observe, "forward")
 
-    def seat_of(self, linear: nn.Module) -> Seat | None:
+    def position_of(self, linear: nn.Module) -> Position | None:
         """Return where a linear sits, ``None`` outside MoE layers."""
-        return self._seats.get(linear)
+        return self._positions.get(linear)
 
     def samples_by_name(self) -> dict[str, TokenSample]:
         """Return the samples by the names of their layers."""
         return {
-            self._seats[experts[0]].layer.name: sample  # type: ignore[index]
+            # any expert's position names the layer; the list of experts has none itself
+            self._positions[experts[0]].layer.name: sample  # type: ignore[index]
             for experts, sample in self.samples.items()
         }
 
@@ -147,28 +147,27 @@ class Calibration:
         self.samples.clear()
         self._dispatch.clear()
         self._shared_weights.clear()
-        self._recent.clear()
-        self._leaders.clear()
+        self._shared_inputs.clear()
 
-    def _take_seats(self, layer: MoELayer) -> None:
+    def _take_positions(self, layer: MoELayer) -> None:
         for index in range(layer.num_experts):
             for module in layer.expert(index).modules():
-                self._seats[module] = Seat(layer, index)
+                self._positions[module] = Position(layer, index)
         for module in layer.shared_expert.modules() if layer.shared_expert else ():
-            self._seats[module] = Seat(layer, None)
+            self._positions[module] = Position(layer, None)
 
     def _open_experts(self, experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states, top_k_index, top_k_weights = args[:3]
         hidden_states = hidden_states.flatten(0, -2)
         self._num_tokens = len(hidden_states)
-        seat = self._seats[experts[0]]  # type: ignore[index]
-        trace = RoutingTrace(top_k_index, top_k_weights, seat.layer.num_experts)
+        position = self._positions[experts[0]]  # type: ignore[index]
+        trace = RoutingTrace(top_k_index, top_k_weights, position.layer.num_experts)
         self._dispatch[experts] = trace.dispatch()
         if experts not in self.samples:
             # of this layer, so that a run that begins here draws what a whole run draws, and of
             # this rank, so that ranks draw differently
             rank = distributed.get_rank() if is_distributed() else 0
-            layer_seed = random.Random(f"{self._seed}/{seat.layer.name}/{rank}").getrandbits(63)
+            layer_seed = random.Random(f"{self._seed}/{position.layer.name}/{rank}").getrandbits(63)
             self.samples[experts] = TokenSample(torch.Generator().manual_seed(layer_seed))
         sample = self.samples[experts]
         keep = self._padding.keep(len(hidden_states))
@@ -179,68 +178,54 @@ class Calibration:
 
     def _open_shared_expert(self, shared: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states = args[0].flatten(0, -2)
-        self._shared_weights[shared] = self._seats[shared].layer.shared_weights(hidden_states)
+        self._shared_weights[shared] = self._positions[shared].layer.shared_weights(hidden_states)
 
     def _observe(
         self, linear: nn.Linear, args: tuple[torch.Tensor, ...], _output: torch.Tensor
     ) -> None:
         inputs = args[0]
         weighted = self.weight_gate_proj or not self._is_gate_proj(linear)
-        leader = self._leader(linear, inputs, weighted)
+        is_new = not self._shared_inputs.knows(linear)
+        leader = self._shared_inputs.leader_of(
+            linear, (self._parents.get(linear), weighted), inputs
+        )
         if leader is not linear:
+            if is_new:
+                self.observations[leader].linears.append(linear)
             return
-        seat = self._seats.get(linear)
+        position = self._positions.get(linear)
         if linear not in self.observations:
             moments = SecondMoments.zeros(inputs.shape[-1], inputs.device)
-            self.observations[linear] = Observation(moments, [linear], seat)
-        rows, weights = self._weigh(inputs.flatten(0, -2), seat)
+            self.observations[linear] = Observation(moments, [linear], position)
+        rows, weights = self._weigh(inputs.flatten(0, -2), position)
         if weights is not None:
             power = self.affinity_power if weighted else 0.0
             weights = weights.float().abs().pow(power)
         self.observations[linear].moments.add(rows, weights)
 
-    def _leader(self, linear: nn.Linear, inputs: torch.Tensor, weighted: bool) -> nn.Linear:
-        """Return the sibling that has already seen this very tensor, or the linear itself.
-
-        Raises:
-            RuntimeError: if two linears share their input in some batches only.
-        """
-        key = (self._parents.get(linear), weighted)
-        recent = self._recent.get(key)
-        if recent is not None and recent[0]() is inputs:
-            leader = recent[1]
-        else:
-            leader = linear
-            self._recent[key] = (weakref.ref(inputs), linear)
-        if linear not in self._leaders and leader is not linear:
-            self.observations[leader].linears.append(linear)
-        if self._leaders.setdefault(linear, leader) is not leader:
-            raise RuntimeError(
-                f"{linear} shared its input with a sibling in one batch and not in another: its "
-                "second moments would be incomplete. Please report this architecture."
-            )
-        return leader
-
     def _is_gate_proj(self, linear: nn.Linear) -> bool:
         parent = self._parents.get(linear)
-        return linear in self._seats and getattr(parent, "gate_proj", None) is linear
+        return linear in self._positions and getattr(parent, "gate_proj", None) is linear
 
     def _weigh(
-        self, inputs: torch.Tensor, seat: Seat | None
+        self, inputs: torch.Tensor, position: Position | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the rows that count and their combine weights, padding removed."""
-        if seat is not None and seat.expert is not None:
-            tokens, weights = self._dispatch[seat.layer.experts][seat.expert]
+        if position is not None and position.expert is not None:
+            tokens, weights = self._dispatch[position.layer.experts][position.expert]
+            # the host's flag, as it is while this expert runs: with it every token is here, without
+            # it only those that were dispatched, in the order of the dispatch
             if get_calibrate_all_experts_flag():
                 inputs = inputs[tokens]
+            # asked for the whole batch: an expert's rows alone do not say which tokens they are
             keep = self._padding.keep(self._num_tokens)
             if keep is None:
                 return inputs, weights
             keep = keep.to(tokens.device)[tokens]
             return inputs[keep], weights[keep]
         shared_weights: torch.Tensor | None = None
-        if seat is not None and seat.layer.shared_expert is not None:
-            shared_weights = self._shared_weights[seat.layer.shared_expert]
+        if position is not None and position.layer.shared_expert is not None:
+            shared_weights = self._shared_weights[position.layer.shared_expert]
         keep = self._padding.keep(len(inputs))
         if keep is None:
             return inputs, shared_weights

@@ -1,9 +1,8 @@
 """Which tokens of the running batch are padding.
 
-The host hands its batches to no modifier, and the masks that reach the layers cannot be relied
-on: traced with ``attn_implementation="sdpa"`` some models receive none at all (llm-compressor
-0.14). So the masks are noted where the host's sequential pipeline caches its batches, and read
-from the arguments where a pipeline calls the whole model.
+The host hands its batches to no modifier, and what reaches the layers are masks of attention, of
+another shape in every family. So the masks are noted where the host's sequential pipeline caches
+its batches, and read from the arguments where a pipeline calls the whole model.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from llmcompressor.core import State
 from llmcompressor.pipelines.cache import IntermediatesCache
-from loguru import logger
 from torch import nn
 
 _COLUMNS = ("input_ids", "attention_mask", "domain")
@@ -32,12 +30,13 @@ class PaddingWatch:
     def __init__(self, state: State) -> None:
         self._state = state
         self.batches: list[dict[str, torch.Tensor]] = []
+        # of the running batch, in pipelines that call the whole model; the sequential one does not
         self._direct: torch.Tensor | None = None
 
     def hear_batches(self, cache: IntermediatesCache) -> None:
         """Note ids and masks of the batches that the sequential pipeline has just cached."""
+        # at once: the host goes on to delete from its cache what no later layer needs
         self.batches = [cache.fetch(index, list(_COLUMNS)) for index in range(len(cache))]
-        _warn_of_left_padding([batch.get("attention_mask") for batch in self.batches])
 
     def read(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mask that the whole model is called with; a forward pre-hook."""
@@ -46,7 +45,7 @@ class PaddingWatch:
     @property
     def batch_index(self) -> int:
         """Return the number of the running batch."""
-        return int(self._state.current_batch_idx)
+        return int(self._state.current_batch_idx)  # which the host sets before each forward
 
     def keep(self, num_rows: int) -> torch.Tensor | None:
         """Return ``[num_rows]`` bool, false for padding; ``None`` if nothing is padded.
@@ -61,12 +60,3 @@ class PaddingWatch:
         if mask is None or mask.numel() != num_rows:
             return None
         return mask.bool().flatten()
-
-
-def _warn_of_left_padding(masks: list[torch.Tensor | None]) -> None:
-    if any(mask is not None and not mask[:, 0].all() for mask in masks):
-        logger.warning(
-            "the calibration data is padded on the left. Padding is left out of the second "
-            "moments, but llm-compressor 0.14 can lose the attention mask while tracing, and then "
-            "real tokens attend to padding. Pad on the right or use batch_size=1."
-        )

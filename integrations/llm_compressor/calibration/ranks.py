@@ -1,7 +1,6 @@
-"""What processes of ``torch.distributed`` do together: add up what each saw, share out the solves.
+"""What processes of ``torch.distributed`` do together; each calibrates on its own part of the data.
 
-Each rank calibrates on its own part of the data. In which order linears are called, and which
-experts are called at all, differs from rank to rank, so everything goes by name, in one order.
+A process alone is one rank of one, so that nobody has to ask how many there are.
 """
 
 from __future__ import annotations
@@ -11,28 +10,11 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import get_source_rank, is_distributed
-from compressed_tensors.offload import update_offload_parameter
 from torch import distributed, nn
-
-from moeq_plugin.core.hessian import SecondMoments
-from moeq_plugin.integrations.llm_compressor.calibration.observations import (
-    Calibration,
-    Observation,
-)
-from moeq_plugin.records.run import LinearRecord
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a rank tells the others of one observation."""
-
-    linears: tuple[str, ...]
-    columns: int
 
 
 def check_data_differ(batches: Iterable[Mapping[str, Any]]) -> None:
@@ -62,80 +44,6 @@ def check_data_differ(batches: Iterable[Mapping[str, Any]]) -> None:
             )
 
 
-def sum_over_ranks(calibration: Calibration, names: Mapping[nn.Module, str]) -> None:
-    """Give every rank the second moments and samples of all.
-
-    Args:
-        calibration: what this rank has observed; modified in place.
-        names: of the linears.
-    """
-    modules = {n: module for module, n in names.items() if isinstance(module, nn.Linear)}
-    ours = {
-        names[linear]: _Seen(
-            tuple(names[x] for x in observation.linears), len(observation.moments.hessian)
-        )
-        for linear, observation in calibration.observations.items()
-    }
-    for leader, seen in sorted(_union(ours).items()):
-        linears = [modules[name] for name in seen.linears]
-        observation = calibration.observations.get(modules[leader])
-        if observation is None:  # an expert that got no token on this rank
-            moments = SecondMoments.zeros(seen.columns, linears[0].weight.device)
-            observation = Observation(moments, linears, calibration.seat_of(linears[0]))
-            calibration.observations[modules[leader]] = observation
-        for tensor in vars(observation.moments).values():
-            distributed.all_reduce(tensor)
-    for _, sample in sorted(calibration.samples_by_name().items()):
-        sample.merge(gather((sample.draws, sample.rows, sample.routing)))
-
-
-def keep_own_share(calibration: Calibration, names: Mapping[nn.Module, str]) -> dict[str, int]:
-    """Drop what other ranks will solve; return the rank that solves each linear.
-
-    The costliest go first, each to the rank that has least to do.
-
-    Args:
-        calibration: the same on every rank; modified in place.
-        names: of the linears.
-    """
-    load = [0] * distributed.get_world_size()
-    owners: dict[str, int] = {}
-    by_cost = sorted(
-        calibration.observations.items(), key=lambda item: (-_cost(item[1]), names[item[0]])
-    )
-    for leader, observation in by_cost:
-        owner = load.index(min(load))
-        load[owner] += _cost(observation)
-        owners.update({names[linear]: owner for linear in observation.linears})
-        if owner != distributed.get_rank():
-            del calibration.observations[leader]
-    return owners
-
-
-def exchange(
-    owners: Mapping[str, int], modules: Mapping[str, nn.Module], records: list[LinearRecord]
-) -> list[LinearRecord]:
-    """Give every rank the weights and records of all.
-
-    Args:
-        owners: which rank has solved each linear.
-        modules: the linears by name.
-        records: of what this rank has solved.
-
-    Returns:
-        The records of all ranks, in the order of their names.
-    """
-    for name, owner in sorted(owners.items()):
-        for parameter, tensor in modules[name].named_parameters(recurse=False):
-            if parameter == "bias":
-                continue
-            received = tensor.detach().clone()
-            distributed.broadcast(received, src=owner)
-            update_offload_parameter(modules[name], parameter, received)
-    everyone = [record for part in gather(records) for record in part]
-    return sorted(everyone, key=lambda record: record.name)
-
-
 @contextlib.contextmanager
 def own_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let every rank change weights that ranks share; afterwards all have what the first one has.
@@ -159,7 +67,7 @@ def own_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     for parameter, memory in zip(parameters, shared, strict=True):
         distributed.broadcast(parameter.data, src=get_source_rank())
         parameter.data = memory.copy_(parameter.data)
-    distributed.barrier()
+    distributed.barrier()  # nobody reads the shared memory before all have written to it
 
 
 @contextlib.contextmanager
@@ -167,6 +75,7 @@ def in_turn() -> Iterator[None]:
     """Let one rank after the other do what changes shared weights for a while."""
     turns = distributed.get_world_size() if is_distributed() else 0
     ours = distributed.get_rank() if turns else 0
+    # a barrier ends each turn, and every rank passes all of them: some before its own, then others
     for _ in range(ours):
         distributed.barrier()
     yield
@@ -227,6 +136,7 @@ def give_to_all(
     """
     for name, owner in sorted(owners.items()):
         linear = modules[name]
+        # empty where they are received, and as many as the owner has: broadcasts go in pairs
         ours = tensors.setdefault(
             linear, [torch.empty_like(linear.weight) for _ in range(count(linear))]
         )
@@ -241,13 +151,3 @@ def own_part(items: Iterable[Any]) -> list[Any]:
         return items
     rank, world = distributed.get_rank(), distributed.get_world_size()
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
-
-
-def _cost(observation: Observation) -> int:
-    columns = len(observation.moments.hessian)
-    rows = sum(len(linear.weight) for linear in observation.linears)
-    return columns * columns * (columns + rows)
-
-
-def _union(ours: dict[str, _Seen]) -> dict[str, _Seen]:
-    return {leader: seen for part in gather(ours) for leader, seen in part.items()}

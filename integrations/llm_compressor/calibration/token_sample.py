@@ -31,6 +31,7 @@ class TokenSample:
 
     def add(self, rows: torch.Tensor, routing: RoutingTrace) -> None:
         """Offer ``[tokens, hidden]`` rows and where they are routed to the sample."""
+        # on the CPU, so that the sample does not depend on the device
         draws = torch.rand(len(rows), generator=self.generator)
         self._take([(self.draws, self.rows, self.routing), (draws, rows, routing)])
 

@@ -38,6 +38,7 @@ def names_in_checkpoint(rules: list[WeightTransform]) -> dict[str, str]:
 
 def loading_rules(model: PreTrainedModel) -> list[WeightTransform]:
     """Return the rules that the model was loaded by, or would be."""
+    # transformers keeps on the model what it loaded by; one made from a config has nothing yet
     loaded = getattr(model, "_weight_conversions", None)
     return list(get_model_conversion_mapping(model) if loaded is None else loaded)
 
@@ -49,6 +50,7 @@ def linearized_rules(rules: list[WeightTransform]) -> list[WeightTransform]:
         for ours, theirs in names_in_checkpoint(rules).items()
         if ours != theirs
     ]
+    # a rule that fuses would look for tensors that a linearized model does not have
     return [rule for rule in rules if not names_in_checkpoint([rule])] + renamings
 
 

@@ -7,14 +7,14 @@ that the checkpoint's config gives it, and every tensor of the file has to find 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_named_modules, match_targets
+from compressed_tensors.utils import is_match, match_targets
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from safetensors import safe_open
 from torch import nn
@@ -26,36 +26,45 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     linearized_rules,
     loading_rules,
 )
+from moeq_plugin.untrusted.reading import check_model
 
 _CACHE_SCALES = (".k_scale", ".v_scale")
 
 
 @torch.no_grad()
-def load_dequantized(directory: str | Path) -> PreTrainedModel:
+def load_dequantized(directory: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the checkpoint's model with linear experts and plain weights, in its own dtype.
 
     What is not a weight is not quantized in it: activations and the key-value cache.
 
     Args:
         directory: a checkpoint that ``save_pretrained`` or ``oneshot`` wrote.
+        trust_remote_code: run Python code that the checkpoint brings along, if it needs any.
 
     Raises:
         ValueError: if tensors of the file or parameters of the model are left over.
     """
     directory = Path(directory)
-    config = AutoConfig.from_pretrained(directory)
+    check_model(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     schemes = QuantizationConfig.model_validate(config.quantization_config)
+    # or transformers would build compressed modules, with one scheme for all experts
     del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    linearize_moe(model)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=config.dtype, trust_remote_code=trust_remote_code
+    )
+    linearize_moe(model)  # random weights for now, in the layout that the host has saved
     renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
     stored: dict[str, dict[str, torch.Tensor]] = {}
+    spelled: dict[str, str] = {}  # by module, what the file calls it
     for key, tensor in _tensors(directory):
-        for renaming in renamings:
-            key, _ = renaming.rename_source_key(key)
-        module, _, name = key.rpartition(".")
+        in_file = key.rpartition(".")[0]
+        module, _, name = _renamed(key, renamings).rpartition(".")
         stored.setdefault(module, {})[name] = tensor
-    for name, scheme in _scheme_of_linears(model, schemes):
+        spelled[module] = in_file
+    # the host renames some of what it writes into `ignore`, by the rules for tensors
+    schemes.ignore = [*schemes.ignore, *(_renamed_module(n, renamings) for n in schemes.ignore)]
+    for name, scheme in _scheme_of_modules(model, schemes, spelled):
         if name in stored:
             form = scheme.format or infer_module_format(nn.Linear, scheme).value
             compressor = BaseCompressor.get_value_from_registry(form)
@@ -82,12 +91,36 @@ def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield key, file.get_tensor(key)
 
 
-def _scheme_of_linears(
-    model: nn.Module, config: QuantizationConfig
+def _renamed(key: str, renamings: Iterable[WeightRenaming]) -> str:
+    """Return the name in the model of a tensor of the file."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
+
+
+def _renamed_module(name: str, renamings: Iterable[WeightRenaming]) -> str:
+    """Return the name in the model of a module of the file; a regular expression stays."""
+    if name.startswith("re:"):
+        return name
+    return _renamed(f"{name}.weight", renamings).removesuffix(".weight")
+
+
+def _scheme_of_modules(
+    model: nn.Module, config: QuantizationConfig, spelled: Mapping[str, str]
 ) -> Iterator[tuple[str, QuantizationScheme]]:
+    """Yield the modules that are stored quantized, and how.
+
+    Targets and ``ignore`` are written in the names of modules or of files: both count.
+    """
     groups = [g for g in config.config_groups.values() if isinstance(g, QuantizationScheme)]
     by_target = {target: group for group in groups for target in group.targets}
-    for name, module in match_named_modules(model, by_target, config.ignore):
-        if isinstance(module, nn.Linear):
-            # the most specific target comes first
-            yield name, by_target[match_targets(name, module, by_target)[0]]
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        names = dict.fromkeys((name, spelled.get(name, name)))
+        if any(is_match(each, module, config.ignore) for each in names):
+            continue
+        # the most specific target comes first
+        targets = [t for each in names for t in match_targets(each, module, by_target)]
+        if targets:
+            yield name, by_target[targets[0]]

@@ -6,30 +6,44 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
 from torch import nn
 
+from moeq_plugin.core.names import fused_with, role_of
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer
 
+UNCOMPRESSED = (
+    "save_compressed=False writes plain weights with scales beside them, which neither vLLM nor "
+    "transformers reads for a model with experts. Leave it out."
+)
 _PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"
 _WAY_OUT = "moeq_plugin.integrations.llm_compressor.load_dequantized(directory) reads it as it is."
 
 
-def reload_limits(layers: list[MoELayer], has_expert_names: bool) -> list[str]:
+def reload_limits(
+    layers: list[MoELayer], has_expert_names: bool, others: Iterable[nn.Module] = ()
+) -> list[str]:
     """Return why plain transformers would misread the experts, one sentence per reason.
 
     Args:
         layers: the MoE layers with their schemes attached.
         has_expert_names: whether transformers has a rule that reads this architecture's experts
             from one tensor per expert and projection.
+        others: modules outside of the layers.
     """
     schemes = {_scheme_key(linear) for layer in layers for linear in expert_linears(layer)}
     if schemes <= {None}:
-        return []
+        if not any(weight_args(module) for module in others):
+            return []
+        # its rule would merge them, but a quantized checkpoint is read without that rule
+        return [
+            f"the experts stay in 16 bit beside quantized weights; {_PLAIN} does not find them and "
+            f"would initialize them at random, with no more than a load report. {_WAY_OUT}"
+        ]
     limits = []
     if not has_expert_names:
         limits.append(
@@ -74,6 +88,24 @@ def serving_limits(layers: list[MoELayer]) -> list[str]:
                 "expert 0 to all of them, silently. Give all experts of a layer one scheme."
             )
     return limits
+
+
+def fusion_limits(linears: Mapping[str, nn.Module]) -> list[str]:
+    """Return why vLLM (0.32, 0.33) would refuse or misread what it loads as one matrix.
+
+    Args:
+        linears: the linears by name, schemes attached, but for those of routed experts.
+    """
+    split: dict[str, list[str]] = {}
+    for name in linears:
+        parts = [part for part in fused_with(name) if part in linears]
+        if parts[0] == name and len({_scheme_key(linears[part]) for part in parts}) > 1:
+            split.setdefault(", ".join(role_of(part) for part in parts), []).append(name)
+    return [
+        f"{together} do not have one scheme in {len(names)} layers; vLLM loads them as one matrix "
+        "and reads one scheme for it. Give them one scheme."
+        for together, names in split.items()
+    ]
 
 
 def storage_limits(linears: Iterable[nn.Module]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 from compressed_tensors.distributed import is_distributed, is_source_process
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from moeq_plugin.files.atomic import staged
+from moeq_plugin.files.publish import joined
 from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     is_loaded_linearized,
     linearized_rules,
@@ -23,6 +25,8 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     names_in_checkpoint,
 )
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
+    UNCOMPRESSED,
+    fusion_limits,
     reload_limits,
     serving_limits,
     storage_limits,
@@ -32,11 +36,17 @@ from moeq_plugin.integrations.llm_compressor.host import (
     parameters_stay_parameters,
     replace_saving,
 )
-from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.integrations.llm_compressor.unfinished import is_unfinished
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.run import RunRecord, save_records
 from moeq_plugin.report.model_card import save_model_card
 
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -57,13 +67,18 @@ def prepare_saving(
         record: the run's record; its ``limits`` are filled in here and logged.
         save_more: writes further files into the directory of the checkpoint.
     """
+    # long before the model is saved: whoever saves it, by whatever call, then does it right
     rules = loading_rules(model)
     names = names_in_checkpoint(rules)
     if any(ours != theirs for ours, theirs in names.items()):
         set_save_conversion_mapping(model, linearized_rules(rules))
     has_expert_names = bool(names) or is_loaded_linearized(rules)
-    record.limits += reload_limits(layers, has_expert_names) + serving_limits(layers)
-    record.limits += storage_limits(m for m in model.modules() if isinstance(m, nn.Linear))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    of_experts = {module for layer in layers for module in layer.experts.modules()}
+    others = {name: m for name, m in linears.items() if m not in of_experts}
+    record.limits += reload_limits(layers, has_expert_names, others.values())
+    record.limits += serving_limits(layers) + fusion_limits(others)
+    record.limits += storage_limits(linears.values())
     for limit in record.limits:
         logger.warning(limit)
     _write_on_save(model, record, save_more)
@@ -73,6 +88,7 @@ def _write_on_save(
     model: PreTrainedModel, record: RunRecord, save_more: Callable[[Path], None]
 ) -> None:
     """Wrap ``save_pretrained`` once per model; later modifiers add to what it writes."""
+    # the list hangs on the function, so that it lives as long as the model is saved by it
     noted = getattr(model.save_pretrained, "_moeq_noted", None)
     if noted is not None:
         noted.append((record, save_more))
@@ -82,28 +98,72 @@ def _write_on_save(
 
     @wraps(save_pretrained)
     def save(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        _check_saving(model, kwargs)
+        # a run that failed before it changed anything has left a record of nothing
+        finished = [(record, save_more) for record, save_more in noted if record.run]
         wanted = Path(save_directory)
         # ranks write to one directory together, so there it has to be the one that was asked for
         with (
-            nullcontext(wanted) if is_distributed() else staged(wanted) as directory,
+            nullcontext(wanted) if is_distributed() else joined(wanted) as directory,
             parameters_stay_parameters(),
             exact_codes(),
         ):
-            num_linears = sum(len(record.linears) for record, _ in noted)
+            num_linears = sum(len(record.linears) for record, _ in finished)
             report_progress(Progress("save", 0, num_linears, "linears"))
-            save_pretrained(directory, *args, **kwargs)
+            # the host's, which packs the codes and calls the method of transformers in turn
+            try:
+                save_pretrained(directory, *args, **kwargs)
+            except SafetensorError as error:  # a full disk, which is no OSError there
+                raise OSError(f"{wanted} cannot be written: {error}") from error
+            # all ranks save their share, one writes what describes it
             if not is_source_process():
                 return
+            _copy_processors(Path(model.name_or_path or ""), directory)
+            if not finished:
+                return
             _mend_config(model, directory)
-            records = [record for record, _ in noted]
+            records = [record for record, _ in finished]
             save_records(records, directory)
-            for _, save_more in noted:
+            for _, save_more in finished:
                 save_more(directory)
             # last: it reads what the others wrote
             save_model_card(records, directory, published=wanted)
 
     save._moeq_noted = noted  # type: ignore[attr-defined]
     replace_saving(model, save)
+
+
+def _check_saving(model: PreTrainedModel, asked: Mapping[str, Any]) -> None:
+    """Refuse to write what is not complete, or would not be when it is uploaded.
+
+    Args:
+        model: the model.
+        asked: arguments of ``save_pretrained``.
+
+    Raises:
+        ValueError: saying what to do instead; nothing has been written then.
+    """
+    changed = sum(is_unfinished(module) for module in model.modules())
+    if changed:
+        raise ValueError(
+            f"{changed} modules of this model were changed by a run that did not finish: it is "
+            "neither the model nor a quantized one. Load the model again."
+        )
+    if asked.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub=True uploads before quantization_config, moeq_run.json and the model card "
+            "are written. Save to a directory, then upload it: huggingface_hub.upload_folder("
+            "repo_id=..., folder_path=...)"
+        )
+    if not asked.get("save_compressed", True) and find_moe_layers(model):
+        raise ValueError(UNCOMPRESSED)
+
+
+def _copy_processors(source: Path, directory: Path) -> None:
+    """Copy what says how images and sound become inputs, which belongs to no tokenizer."""
+    for name in _PROCESSORS:
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _mend_config(model: PreTrainedModel, directory: Path) -> None:

@@ -9,7 +9,7 @@ from llmcompressor.core import State
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import recipe
+from moeq_plugin.integrations.llm_compressor import places, recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
@@ -17,10 +17,11 @@ from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import Sensi
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
+from moeq_plugin.integrations.llm_compressor.moequant.identity import model_digest
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_modifier import RoutedModifier
 from moeq_plugin.integrations.llm_compressor.moequant.run import Run
-from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState, model_digest
+from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.models.scheme_units import Target
 from moeq_plugin.records.environment import versions
 
@@ -99,10 +100,14 @@ class MoEQuantModifier(RoutedModifier):
             ValueError: if the request cannot succeed; nothing has been changed then.
         """
         self._check_start(state)
+        # the digest of the model is taken here, while no scheme and no hook has touched it
         self._kept_state = self._find_kept_state(state.model)
         self._request = Request.of(self, state.model, self._start.layers)
         self._allocator = self._make_allocator(state.model)
+        # after the last refusal: from here on the host and the model are changed
         self._declare_data()
+        if self._kept_state is not None:
+            self._undo.enter_context(self._kept_state.held())
         if self._allocator is None or self._allocator.is_decided:
             self._attach(state)
         return True
@@ -122,23 +127,30 @@ class MoEQuantModifier(RoutedModifier):
     def _begin_pass(self, state: State) -> None:
         """Measure and choose where that has still to be done, then register hooks."""
         if self._kept_state is not None:
+            # only now are the data known, in a run that wrote them itself too
             self._kept_state.begin(state.data.calib)
         if self._allocator is not None and not self._allocator.is_decided:
             table = self._kept_state.table if self._kept_state is not None else None
             self._allocator.measure(self.sensitivity_modifier(), state, table)
+            # the host is about to run the pass: schemes have to be there before hooks look at them
             self._attach(state)
         super()._begin_pass(state)
 
     def _text_path(self) -> Path | None:
         if self._kept_state is None:
             return None
-        self._kept_state.begin(None)
+        self._kept_state.begin(None)  # before anything is written: is the directory this run's?
         return self._kept_state.text
 
     def _find_kept_state(self, model: nn.Module) -> RunState | None:
         """Return what is kept of this run in ``work_dir``, identified by all it depends on."""
         if self.work_dir is None:
             return None
+        sensitivity = self.sensitivity if isinstance(self.sensitivity, str) else None
+        places.check_apart(
+            model, self.work_dir, sensitivity=sensitivity, allocation=self.allocation
+        )
+        # the directory may have been moved: where it is does not change the result
         asked = {name: value for name, value in self.settings().items() if name != "work_dir"}
         identity = {
             "model": model_digest(model),
@@ -179,7 +191,10 @@ class MoEQuantModifier(RoutedModifier):
             request = request.with_groups(groups).ignoring(unquantized)
         self._record = self._new_record(request, state)
         self._phases = (Run(request, state, self._record, self._kept_state),)
+        work_dir = self._kept_state.path if self._kept_state is not None else None
+        places.check_running_room(state.model, work_dir)
         if allocator is not None:
+            # patterns chose the linears: were they those that the allocation meant?
             allocator.check_attached()
         prepare_saving(state.model, self._start.layers, self._record, self._save_allocation)
 

@@ -63,11 +63,15 @@ class Request:
         Raises:
             ValueError: if a target matches nothing or something that is quantized already.
         """
-        fields = recipe.host_fields()
+        fields = recipe.host_fields()  # copies: the host completes schemes in place
         if groups is not None:
             fields |= {"scheme": None, "config_groups": dict(groups)}
-        targets = GPTQModifier(**deepcopy(fields)).resolved_targets
+        # asked of a modifier that is thrown away, since each keeps what it has worked out
+        stock = GPTQModifier(**deepcopy(fields))
+        targets = stock.resolved_targets
         preflight.check_targets(model, targets)
+        preflight.warn_of_ignored(model, stock.ignore)
+        preflight.check_groups(model, stock.resolved_config.config_groups)
         kept = preflight.kept_by_default(model, layers, targets)
         request = cls(
             modifier=type(recipe).__name__,
@@ -81,6 +85,7 @@ class Request:
             shrinkage=recipe.shrinkage,
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
+        preflight.check_untouched(model)
         return request
 
     def targeted(self, model: nn.Module) -> dict[nn.Module, str]:

@@ -14,11 +14,12 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
+from moeq_plugin.integrations.llm_compressor import host, places, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
 from moeq_plugin.integrations.llm_compressor.self_sampling.calibrate import write_own_text
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_finished
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.environment import run_facts, versions
 from moeq_plugin.records.run import RunRecord
@@ -47,11 +48,13 @@ class Start:
     Attributes:
         layers: the model's MoE layers.
         has_data: whether oneshot was given data; the model writes its own text otherwise.
+        tokens: what those data hold; of no batches without data.
         began: ``time.monotonic()``.
     """
 
     layers: list[MoELayer]
     has_data: bool
+    tokens: preflight.TokenCount
     began: float
 
 
@@ -79,7 +82,10 @@ class RoutedModifier(RoutedRecipe):
             self._begin_pass(state)
             return
         text = write_own_text(state.model, self.ebss, self._text_path())
+        # what looks for data from here on, such as a measuring pass, finds the text
         state.data.calib = text.batches
+        # not of `self`: the events of this pass would look like those of the one that is running,
+        # which has no data and sends the same three events once more when this is over
         host.run_pass(_OwnPass.over(self), state, text.batches)
         self._record.sampling = text.report
 
@@ -101,6 +107,7 @@ class RoutedModifier(RoutedRecipe):
         for phases in self._phases:
             phases.close(state)
         self._undo.close()
+        mark_finished(state.model.modules())
         return True
 
     def _check_start(self, state: State) -> None:
@@ -113,17 +120,25 @@ class RoutedModifier(RoutedRecipe):
         recipe.check_stack(self, state.model, layers)
         calib = state.data.calib
         preflight.check_data(calib, type(self).__name__, has_experts=bool(layers))
-        preflight.check_running_output_dir()
+        preflight.check_merged(state.model)
+        preflight.check_alone(self, state.model, layers)
+        preflight.check_sequential_targets(state.model, layers)
+        preflight.check_saving(state.model, layers)
+        places.stage_running_output()
+        tokens = preflight.TokenCount(0)
+        if calib is not None:
+            tokens = preflight.count_tokens(calib, state.model)
+            tokens.warn()
+        preflight.check_finite_weights(state.model)
         if not layers:
             logger.info("no MoE layers found: every linear gets plain GPTQ")
-        self._start = Start(layers, calib is not None, time.monotonic())
+        self._start = Start(layers, calib is not None, tokens, time.monotonic())
 
     def _new_record(self, request: Request, state: State) -> RunRecord:
         """Return the record of a run that has done nothing yet."""
         calibration = "text that the model wrote itself"
         if self._start.has_data:
-            num_batches = len(host.calibration_batches(state))
-            calibration = f"{num_batches} batches of the data given to oneshot"
+            calibration = self._start.tokens.in_words()
         return RunRecord(
             modifier=request.modifier,
             settings=dict(request.settings),
@@ -135,6 +150,7 @@ class RoutedModifier(RoutedRecipe):
 
     def _declare_data(self) -> None:
         """Tell the host whether there are data, once nothing speaks against the run any more."""
+        # registered before there is anything to undo, so that a failure in between undoes it too
         host.undo_with_oneshot(self._undo)
         host.declare_data(self, self._start.has_data, self._undo)
 
@@ -163,7 +179,7 @@ class _OwnPass(Modifier):
     @classmethod
     def over(cls, asked: RoutedModifier) -> _OwnPass:
         """Return what hands the events of a pass to ``asked``."""
-        own = cls(initialized_=True)
+        own = cls(initialized_=True)  # or the host would refuse to send it events
         own._asked = asked
         return own
 

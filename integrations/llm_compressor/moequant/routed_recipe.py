@@ -14,9 +14,10 @@ from pydantic import Field, field_validator
 
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE, FrozenFields
+from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 
 
-class RoutedRecipe(FrozenFields, GPTQModifier):
+class RoutedRecipe(FrozenFields, OneRun, GPTQModifier):
     """GPTQ whose second moments are those of the tokens that the router sends to each expert.
 
     Args:
@@ -53,6 +54,17 @@ class RoutedRecipe(FrozenFields, GPTQModifier):
                     "For other grids give config_groups."
                 )
         return scheme
+
+    @field_validator("actorder", mode="before")
+    @classmethod
+    def _readable_order(cls, actorder: Any) -> Any:
+        # the host's field still takes what compressed-tensors 0.19 has removed and no longer reads
+        if actorder is True or str(getattr(actorder, "value", actorder)) in {"group", "dynamic"}:
+            raise ValueError(
+                f"actorder={actorder!r} has been removed from compressed-tensors: use 'static', "
+                "which needs no g_idx, or None"
+            )
+        return actorder
 
     def model_dump(self, **kwargs: Any) -> dict[str, Any]:
         """Return plain data: the host writes ``recipe.yaml`` from it and could not read enums."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from moeq_plugin.core.gptq import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
@@ -27,12 +27,14 @@ from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.integrations.llm_compressor.schemes import (
     describe,
+    detach_scheme,
     grid_of,
     observes_activations,
     weight_args,
     weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
@@ -68,13 +70,16 @@ class Run:
         self._request, self._kept_state = request, kept_state
         self._undo = ExitStack()
         host.undo_with_oneshot(self._undo)
+        # a modifier of the host's that no recipe holds: it gets no events but those handed on here
         self._host = _Host(**deepcopy(dict(request.host_fields)))
         self._host._solve = self._solve_layer
-        self._host.on_initialize(state)
         self._names = request.targeted(state.model)
+        # what is still to be quantized; shrinks as records are written
+        self._pending = dict(self._names)
+        self._undo.callback(self._detach_pending)
+        self._host.on_initialize(state)
         attached = {module: weight_args(module) for module in self._names}
         self._args = {module: args for module, args in attached.items() if args is not None}
-        # what is still to be quantized; shrinks as records are written
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
         self._padding = PaddingWatch(state)
@@ -84,6 +89,7 @@ class Run:
             seed=request.seed,
             padding=self._padding,
         )
+        # only with schemes attached are the group sizes of all presets and patterns known
         preflight.check_group_sizes(self._pending)
 
     def begin(self, state: State) -> None:
@@ -91,13 +97,15 @@ class Run:
         model = state.model
         layers = find_moe_layers(model)  # a modifier before ours may have removed experts
         recipe.rename(model, self._names, self._pending)
+        # observers, and hooks on activations that are quantized too; not the hooks that the host's
+        # own event would add, which sum up Hessians of all tokens
         self._host.start_calibration(model)
         self._undo.callback(self._host.remove_hooks)
         host.listen_to_batches(self._padding, self._undo)
         if not any(observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
             host.run_routed_tokens_only(model, self._undo)
-        self._restore()
+        self._restore()  # before hooks are registered: what is finished gets none
         report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
         linears = [m for m in self._pending if isinstance(m, nn.Linear)]
         self._calibration.attach(model, layers, linears, self._host.register_hook)
@@ -110,6 +118,7 @@ class Run:
             modules: of the layer.
         """
         num_before = len(self.record.linears)
+        # what is finished is on its grid already and is not observed once more
         modules = [module for module in modules if module not in self._restored]
         event = Event(type_=EventType.SEQUENTIAL_EPOCH_END)
         self._host.on_sequential_epoch_end(state, event, modules)  # comes to _solve_layer
@@ -133,14 +142,21 @@ class Run:
                 linear = cast(nn.Linear, module)  # or an embedding, whose weight is laid out alike
                 self._solve_stack([Job([linear], args, nothing, 1.0, Basis.NONE, 0.0)])
         self._undo.close()
+        # last: it takes off the observers that rounding to nearest has just asked, and switches the
+        # schemes on, so that the model computes from here on what its checkpoint will
         self._host.end_calibration(state.model)
 
     def close(self, state: State) -> None:
         """Say in one line whether every linear was quantized as asked."""
-        unwell = self.record.count(Basis.NONE) or self._pending
+        unwell = any(self.record.count(basis) for basis in (Basis.NONE, Basis.FEW)) or self._pending
         num_targets = len(self.record.linears) + len(self._pending)
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
         self._host.on_finalize(state)
+
+    def _detach_pending(self) -> None:
+        """After a failure: leave what was not quantized as it was before the run."""
+        for module in self._pending:
+            detach_scheme(module)
 
     def _restore(self) -> None:
         """Take over what an earlier process has finished; it runs along and is not observed."""
@@ -157,11 +173,13 @@ class Run:
     def _solve_layer(self) -> None:
         """Quantize every linear observed since the last layer, with what all ranks have seen."""
         owners: dict[str, int] = {}
+        # in this order: a rank that raises while others wait for it would leave them waiting, so
+        # all have the same sums, and raise together, before any of them drops its share
         if is_distributed():
-            ranks.sum_over_ranks(self._calibration, self._names)
+            rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
         if is_distributed():
-            owners = ranks.keep_own_share(self._calibration, self._names)
+            owners = rank_moments.keep_own_share(self._calibration, self._names)
         num_before = len(self.record.linears)
         with torch.no_grad(), disable_offloading():
             for stack in stacks(self._jobs(), self._max_stack()):
@@ -174,6 +192,7 @@ class Run:
         """Guard and give away each observation; one job per weight scheme among its linears."""
         observations = self._calibration.observations
         while observations:
+            # given away, so that second moments are freed as their stack is solved
             _, observation = observations.popitem()
             hessian, weight_sum, basis = guard(
                 observation,
@@ -207,6 +226,8 @@ class Run:
         for job in stack:
             revive_dead_columns(job.hessian)  # the host would set their weights to zero
             for linear in job.linears:
+                mark_changed(linear)
+                # a copy for each: the host changes it, and siblings share it
                 host.solve_with_host(self._host, linear, self._names[linear], job.hessian.clone())
                 self._note(linear, job, job.basis, None)
 
@@ -219,7 +240,7 @@ class Run:
         """Take over what other ranks have solved; all have the same records afterwards."""
         modules = {name: module for module, name in self._names.items()}
         own = self.record.linears[num_before:]
-        self.record.linears[num_before:] = ranks.exchange(owners, modules, own)
+        self.record.linears[num_before:] = rank_moments.exchange(owners, modules, own)
         for name in owners:
             self._pending.pop(modules[name], None)
 

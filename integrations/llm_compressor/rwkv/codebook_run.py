@@ -14,18 +14,20 @@ from torch import nn
 from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.integrations.llm_compressor import host
-from moeq_plugin.integrations.llm_compressor.calibration import ranks
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
+from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 
 def take_encoded(module: nn.Module, encoded: CodebookWeight) -> str:
     """Let a module run on its encoded weight from now on; return the format in words."""
+    mark_changed(module)
     update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
     form = encoded.form
     return (
@@ -61,7 +63,7 @@ class CodebookRun:
         self._form, self._refine_steps = form, refine_steps
         self._names: dict[nn.Module, str] = {linear: name for name, linear in coded.items()}
         self._pending = dict(coded)  # shrinks as weights are encoded
-        self._hooks = HooksMixin()
+        self._hooks = HooksMixin()  # the host's switch that silences hooks covers these too
         self._undo = ExitStack()
         host.undo_with_oneshot(self._undo)
         self._padding = PaddingWatch(state)
@@ -82,9 +84,10 @@ class CodebookRun:
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
         """Encode every linear observed since the last layer."""
         if is_distributed():
-            ranks.sum_over_ranks(self._calibration, self._names)
+            rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
         with torch.no_grad(), disable_offloading():
+            # every rank encodes all weights, from the same sums and so to the same codes
             for observation in self._calibration.observations.values():
                 hessian, weight_sum, basis = guard(
                     observation,
@@ -101,6 +104,7 @@ class CodebookRun:
         """Encode what no batch has called, then remove hooks."""
         with torch.no_grad(), disable_offloading():
             for linear in list(self._pending.values()):
+                # every column counts alike and none affects another: rounding to nearest
                 nothing = torch.eye(linear.in_features, device=linear.weight.device)
                 self._encode(linear, nothing, 1.0, Basis.NONE, 0.0)
         self._undo.close()
@@ -129,5 +133,6 @@ class CodebookRun:
         name = self._names[linear]
         del self._pending[name]
         self._encoded[name] = solution.weight
+        # at once: the host is about to run the layer again for the inputs of the next one
         scheme = take_encoded(linear, solution.weight)
         self._record.linears.append(LinearRecord(name, scheme, basis, effective_tokens, loss))

@@ -98,7 +98,7 @@ class ElementwiseRun:
         for index, sequence in enumerate(inputs):
             if keep is not None:
                 sequence = sequence[keep.view(len(inputs), -1)[index].to(sequence.device)]
-            power.add(sequence, self._percentile)
+            power.add(sequence, self._percentile)  # by itself: clipping is by sequence
 
     def _encode(self, module: ElementwiseScale) -> None:
         power = self._powers.pop(module)

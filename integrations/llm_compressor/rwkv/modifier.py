@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -20,7 +21,7 @@ from moeq_plugin.integrations.llm_compressor.moequant.routed_modifier import Rou
 from moeq_plugin.integrations.llm_compressor.moequant.run import Run
 from moeq_plugin.integrations.llm_compressor.rwkv.codebook_run import CodebookRun
 from moeq_plugin.integrations.llm_compressor.rwkv.elementwise_run import ElementwiseRun
-from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed, write_codebooks
 from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
     deciding_together,
     scheme_groups,
@@ -142,6 +143,7 @@ class RWKVQuantModifier(RoutedModifier):
         self._check_start(state)
         layers = self._start.layers
         takes_default = self.config_groups is None and self.scheme is None
+        # to be checked against the model; narrowed to fit each weight once it is known who gets it
         default = {"scalar": self._default_scheme()} if takes_default else None
         request = Request.of(self, state.model, layers, default)
         linears = {
@@ -158,9 +160,12 @@ class RWKVQuantModifier(RoutedModifier):
             request = request.with_groups(groups) if groups else request
         if self.fallback_scheme is not None:
             finer = scheme_groups(coded, weights_of_scheme(self.fallback_scheme), "finer")
+            # the host looks for names before classes, so that these take the finer scheme
             request, coded = request.with_groups({**request.groups(), **finer}), {}
         self._check_codebooks(coded)
+        # after the last refusal: from here on the host and the model are changed
         self._declare_data()
+        # to the scalar run a weight in a codebook is one to ignore, as embeddings are
         self._attach(request.ignoring(coded), state, coded)
         self._record.uniformity = {
             name: {**asdict(score), "scalar": name in scalar} for name, score in scores.items()
@@ -174,6 +179,8 @@ class RWKVQuantModifier(RoutedModifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Keep encoded weights packed, and say what was done and how many bits it takes."""
         if self._encoded:
+            # not when the pass ends: modifiers behind this one may have passes of their own then
+            # and look for the modules that are replaced here
             keep_packed(state.model, self._encoded)
         self._record.bits_per_weight = stored_bits_per_weight(state.model)
         logger.info(
@@ -185,8 +192,9 @@ class RWKVQuantModifier(RoutedModifier):
     def _attach(self, request: Request, state: State, coded: dict[str, nn.Linear]) -> None:
         """Attach the schemes of scalar weights, and prepare codebooks and saving."""
         self._record = self._new_record(request, state)
-        self._encoded = {}
+        self._encoded = {}  # what a run before this one encoded is of another model
         shared = (request, state, self._record, self._encoded)
+        # in the order in which they are called for every layer
         self._phases = (
             Run(request, state, self._record),
             CodebookRun(*shared, coded, self.codebook, self.refine_steps),
@@ -195,7 +203,8 @@ class RWKVQuantModifier(RoutedModifier):
             percentile, weighted = self.elementwise_percentile, self.elementwise_weighted
             elementwise = ElementwiseRun(*shared, self.elementwise, percentile, weighted)
             self._phases = (*self._phases, elementwise)
-        prepare_saving(state.model, self._start.layers, self._record)
+        describe = partial(write_codebooks, state.model)
+        prepare_saving(state.model, self._start.layers, self._record, describe)
 
     def _default_scheme(self) -> QuantizationScheme:
         targets = [self.targets] if isinstance(self.targets, str) else self.targets

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
@@ -23,17 +22,7 @@ from moeq_plugin.models.packed import packed_modules
 
 
 def score_weights(linears: Mapping[str, nn.Linear], gaps: Gaps) -> dict[str, UniformityScore]:
-    """Return the uniformity of every weight.
-
-    Raises:
-        ValueError: naming all weights that are not finite.
-    """
-    broken = [name for name, linear in linears.items() if not _is_finite(linear.weight)]
-    if broken:
-        raise ValueError(
-            f"{len(broken)} weights contain NaN or infinity: {', '.join(broken[:10])}. Nothing was "
-            "changed; load a sound checkpoint, or put these modules into `ignore`."
-        )
+    """Return the uniformity of every weight, all of which are finite."""
     return {name: score_uniformity(linear.weight, gaps) for name, linear in linears.items()}
 
 
@@ -47,7 +36,7 @@ def deciding_together(
     """
     names = {linear: name for name, linear in linears.items()}
     groups = [[names[e] for e in expert_linears(layer) if e in names] for layer in layers]
-    taken = {name for group in groups for name in group}
+    taken = {name for group in groups for name in group}  # gate and up of an expert among them
     fused: dict[tuple[str, ...], list[str]] = {}
     for name in linears:
         if name not in taken:
@@ -77,7 +66,7 @@ def scheme_groups(
     groups = {}
     for size, names in by_size.items():
         fitted = weights.model_dump() | {"group_size": size}
-        if size is None and weights.group_size:
+        if size is None and weights.group_size:  # a scale per row is another strategy of the host
             fitted["strategy"] = "channel"
         name = f"{label}_{size or 'row'}"
         groups[name] = QuantizationScheme(targets=names, weights=QuantizationArgs(**fitted))
@@ -132,7 +121,3 @@ def stored_bits_per_weight(model: nn.Module) -> float:
 def _words(bits: int) -> int:
     """Return ``bits`` rounded up to whole int32 words, as compressed-tensors packs a row."""
     return -(-bits // 32) * 32
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    return all(bool(rows.isfinite().all()) for rows in weight.detach().split(4096))

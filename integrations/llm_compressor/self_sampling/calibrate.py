@@ -62,8 +62,10 @@ def write_own_text(model: PreTrainedModel, config: EBSSConfig, path: Path | None
     with ExitStack() as undo, DisableQuantization(model):
         run_routed_tokens_only(model, undo)
         sampled = sample_set(model, running_tokenizer(), config, path=path)
+    # the other columns are of the report, and no arguments of the model
     rows = sampled.dataset.select_columns(["input_ids"])
     batches = DataLoader(
+        # every rank holds the whole set and calibrates on its part
         rows.select(own_part(range(len(rows)))),
         batch_size=max(1, _BATCH_TOKENS // config.seq_len),
         collate_fn=default_data_collator,
@@ -88,6 +90,8 @@ class EBSSDataset(TextGenerationDataset):
                 'dataset="ebss" needs the model of a running oneshot; elsewhere use '
                 "moeq_plugin.ebss_dataset(model)"
             )
+        # the model of the oneshot, because the host hands a data set nothing but arguments; it is
+        # not linearized yet when the data are made
         arguments: Any = self.dataset_args
         config = EBSSConfig(
             num_sequences=arguments.num_calibration_samples or EBSSConfig.num_sequences,

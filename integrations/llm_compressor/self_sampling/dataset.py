@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 from compressed_tensors.distributed import is_source_process
 from datasets import Dataset
 from loguru import logger
-from tqdm import tqdm
 
 from moeq_plugin.core.sampling import EBSSConfig, SampledSequence, expert_imbalance
 from moeq_plugin.files.sampled_set import SampledSetFile
+from moeq_plugin.integrations.llm_compressor.self_sampling.set_writer import (
+    SetWriter,
+    TokenProgress,
+)
 from moeq_plugin.models.self_sampling import SelfSampler
-from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.sampling import SamplingReport, report_on_samples
 
 _LIBRARIES = ("moeq-plugin", "torch", "transformers", "datasets")
@@ -80,10 +83,10 @@ def sample_set(
     """
     config = config or EBSSConfig()
     starts = _token_ids(prompts, tokenizer)
-    file = SampledSetFile(Path(path)) if path is not None else None
+    file = SampledSetFile(Path(path)) if path is not None and is_source_process() else None
     special, end = _special_ids(model, tokenizer)
-    progress = _TokenProgress(config.num_sequences * config.seq_len)
-    writer = _Writer(file)
+    progress = TokenProgress(config.num_sequences * config.seq_len)
+    writer = SetWriter(file)
     sampler = SelfSampler(
         model,
         config,
@@ -94,63 +97,22 @@ def sample_set(
         on_finished=writer.write,
         on_step=progress.advance,
     )
-    if file is not None and is_source_process():
-        known = file.begin(_manifest(model, config, starts))
-        sampler.finished = {sequence.index: sequence for sequence in known}
-        progress.advance(sum(len(sequence.input_ids) for sequence in known))
-    try:
-        sequences = sampler.run()
-    except KeyboardInterrupt:
-        kept = f", kept in {file.path}" if file else " and lost: pass path= to keep them"
-        logger.warning(f"interrupted; {len(sampler.finished)} sequences are finished{kept}")
-        raise
-    finally:
-        progress.close()
-    writer.complete()
-    return _as_set(sequences, sampler.starved, tokenizer)
-
-
-class _TokenProgress:
-    """Shows how many tokens there are of those that are wanted: as a bar, and to listeners."""
-
-    def __init__(self, total: int) -> None:
-        self._done, self._total = 0, total
-        disable = None if is_source_process() else True
-        self._bar = tqdm(total=total, unit="tok", desc="EBSS", disable=disable)
-
-    def advance(self, tokens: int) -> None:
-        self._done = min(self._done + tokens, self._total)  # coverage may go on for longer
-        self._bar.update(tokens)
-        report_progress(Progress("sample", self._done, self._total, "tokens"))
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _Writer:
-    """Writes sequences as they come; a disk that is full ends the writing, not the sampling."""
-
-    def __init__(self, file: SampledSetFile | None) -> None:
-        self._file = file if is_source_process() else None
-
-    def write(self, sequence: SampledSequence) -> None:
-        if self._file is not None:
-            self._try(lambda file: file.append(sequence))
-
-    def complete(self) -> None:
-        if self._file is not None:
-            self._try(SampledSetFile.complete)
-
-    def _try(self, action: Callable[[SampledSetFile], None]) -> None:
-        assert self._file is not None
+    # one rank reads and writes the file; what it knows reaches the others in sampler.run()
+    with nullcontext() if file is None else file.held():
+        if file is not None:
+            known = file.begin(_manifest(model, config, starts))
+            sampler.finished = {sequence.index: sequence for sequence in known}
+            progress.advance(sum(len(sequence.input_ids) for sequence in known))
         try:
-            action(self._file)
-        except OSError as error:
-            logger.error(
-                f"cannot write {self._file.path} ({error}); sampling goes on in memory. The file "
-                "keeps what it has, and the same call continues it once there is room"
-            )
-            self._file = None
+            sequences = sampler.run()
+        except KeyboardInterrupt:
+            kept = f", kept in {file.path}" if file else " and lost: pass path= to keep them"
+            logger.warning(f"interrupted; {len(sampler.finished)} sequences are finished{kept}")
+            raise
+        finally:
+            progress.close()
+        writer.complete()
+    return _as_set(sequences, sampler.starved, tokenizer)
 
 
 def _as_set(

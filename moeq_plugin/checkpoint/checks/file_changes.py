@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
-from moeq_plugin.checkpoint.headers import UnreadableFileError, read_json
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
 
 _VOCABULARIES = ("tokenizer.model", "merges.txt", "vocab.txt", "vocab.json", "spiece.model")
 _OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
@@ -121,6 +122,6 @@ def _bytes(path: Path) -> bytes | None:
 def _json(path: Path) -> dict[str, Any] | None:
     """Return a file's content, ``None`` if there is none; what is broken is said elsewhere."""
     try:
-        return read_json(path) if path.is_file() else None
+        return read_json(path, MAX_LIST_BYTES) if path.is_file() else None
     except UnreadableFileError:
         return None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
-from moeq_plugin.checkpoint.headers import UnreadableFileError, read_json
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import read_json
 
 _FILE = "quantize_config.json"
 # what decides how tensors are read, and what is meant where it is not said

@@ -9,8 +9,9 @@ from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
 from moeq_plugin.checkpoint.config import Config
-from moeq_plugin.checkpoint.headers import UnreadableFileError, read_json
 from moeq_plugin.checkpoint.layout import Layout
+from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import MAX_LIST_BYTES, read_json
 
 JSON_FILES = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
@@ -30,7 +31,7 @@ def check_tokenizer(layout: Layout) -> Iterator[Finding]:
     for name in JSON_FILES:
         if (directory / name).is_file():
             try:
-                files[name] = read_json(directory / name)
+                files[name] = read_json(directory / name, MAX_LIST_BYTES)
             except UnreadableFileError as cause:
                 yield error("bad-json", name, str(cause))
     size = num_embeddings(layout)

@@ -11,7 +11,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 
 from moeq_plugin import MoEQuantAWQModifier
 from moeq_plugin.integrations.llm_compressor.awq import batches as module
-from moeq_plugin.integrations.llm_compressor.awq import modifier
+from moeq_plugin.integrations.llm_compressor.awq import search
 from moeq_plugin.integrations.llm_compressor.awq.batches import merged
 
 
@@ -59,10 +59,10 @@ def test_the_size_of_batches_does_not_matter(family, monkeypatch, tmp_path):
 
     losses = []
     for merge in (spy, lambda *_: None):
-        monkeypatch.setattr(modifier, "merged", merge)
+        monkeypatch.setattr(search, "merged", merge)
         awq = MoEQuantAWQModifier(n_grid=4)
         rounding = QuantizationModifier(config_groups=int4(16, symmetric=False), ignore=["lm_head"])
         oneshot(tiny_model(family, tmp_path), [awq, rounding], dataset(6))
-        losses.append({name: of["loss"] for name, of in awq._record.smoothed.items()})
+        losses.append({name: of["loss"] for name, of in awq.record.smoothed.items()})
     assert set(sizes) == {(6, 1)}
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

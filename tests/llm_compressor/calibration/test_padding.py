@@ -8,7 +8,6 @@ pytest.importorskip("llmcompressor")
 
 from datasets import Dataset
 from llmcompressor.pipelines.cache import IntermediatesCache
-from loguru import logger
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.records.run import RunRecord
@@ -95,14 +94,3 @@ def test_the_host_caches_batches_as_before_when_a_run_has_ended(fails, tmp_path)
         assert after == before
     finally:
         IntermediatesCache.from_dataloader = before  # one failure here is no failure elsewhere
-
-
-@pytest.mark.parametrize(("side", "warned"), [("left", True), ("right", False)])
-def test_left_padding_is_warned_of(side, warned, tmp_path):
-    said = []
-    sink = logger.add(said.append, format="{message}", level="WARNING")
-
-    run_record(tmp_path, padded(side), batch_size=2)
-
-    logger.remove(sink)
-    assert any("padded on the left" in line for line in said) == warned

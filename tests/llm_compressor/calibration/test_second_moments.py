@@ -39,13 +39,13 @@ class Spy(MoEQuantModifier):
     def _note(self, run):
         for observation in run._calibration.observations.values():
             moments = deepcopy(observation.moments)
-            experts, seat = {}, observation.seat
-            if seat is not None:
-                layer, expert = seat.layer, seat.expert
+            experts, position = {}, observation.position
+            if position is not None:
+                layer, expert = position.layer, position.expert
                 module = layer.shared_expert if expert is None else layer.expert(expert)
                 experts = {name: p.detach().clone() for name, p in module.state_dict().items()}
             for linear in observation.linears:
-                self.__dict__["seen"][run._names[linear]] = (moments, seat, experts)
+                self.__dict__["seen"][run._names[linear]] = (moments, position, experts)
 
 
 def brute_force(inputs, weights):
@@ -71,19 +71,23 @@ def inputs_of(linear_name, module, hidden_states):
 def assert_equal_brute_force(modifier):
     """Recompute every second moment of MoE layers from the experts' arguments, in float64."""
     compared = 0
-    for name, (moments, seat, weights) in modifier.__dict__["seen"].items():
-        if seat is None:
+    for name, (moments, position, weights) in modifier.__dict__["seen"].items():
+        if position is None:
             continue
-        calls = modifier.__dict__["calls"][seat.layer.name]
+        calls = modifier.__dict__["calls"][position.layer.name]
         hidden = torch.cat([args[0].flatten(0, -2) for args in calls])
-        module = seat.layer.shared_expert if seat.expert is None else seat.layer.expert(seat.expert)
+        module = (
+            position.layer.shared_expert
+            if position.expert is None
+            else position.layer.expert(position.expert)
+        )
         for key, value in weights.items():
             module.get_parameter(key).data.copy_(value)  # as they were during calibration
-        if seat.expert is None:
-            gate = seat.layer.shared_weights(hidden)
+        if position.expert is None:
+            gate = position.layer.shared_weights(hidden)
             combine = torch.ones(len(hidden)) if gate is None else gate
         else:
-            routed = [(args[2] * (args[1] == seat.expert)).sum(1) for args in calls]
+            routed = [(args[2] * (args[1] == position.expert)).sum(1) for args in calls]
             combine = torch.cat(routed)
         module.apply(disable_quantization)
         expected = brute_force(inputs_of(name, module, hidden), combine)
@@ -122,8 +126,8 @@ def test_affinity_power_is_the_power_of_the_combine_weight(power, tmp_path):
     oneshot(model, modifier, dataset(2, 16))
 
     name = "model.layers.0.mlp.experts.1.up_proj"
-    moments, seat, _ = modifier.__dict__["seen"][name]
-    calls = modifier.__dict__["calls"][seat.layer.name]
+    moments, position, _ = modifier.__dict__["seen"][name]
+    calls = modifier.__dict__["calls"][position.layer.name]
     hidden = torch.cat([args[0] for args in calls])
     routed = torch.cat([(args[1] == 1).any(1) for args in calls])
     weights = torch.cat([(args[2] * (args[1] == 1)).sum(1) for args in calls])

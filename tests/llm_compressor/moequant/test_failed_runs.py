@@ -111,6 +111,15 @@ def test_a_field_cannot_be_written(recipe, name):
         setattr(modifier, name, None)
 
 
+def test_reading_the_resolved_schemes_changes_no_field():
+    """The host completes schemes in place: its order of columns, its observers."""
+    modifier = MoEQuantModifier(config_groups=int4(16), weight_observer="memoryless_mse")
+    fields = asked_for(modifier)
+    (resolved,) = modifier.resolved_config.config_groups.values()
+    assert resolved.weights.observer == "memoryless_mse"
+    assert asked_for(modifier) == fields
+
+
 def test_what_a_run_decides_is_not_in_the_recipe(tmp_path):
     groups = int4(16)
     modifier = MoEQuantModifier(config_groups=groups, actorder="static")

@@ -1,0 +1,143 @@
+"""What can be known before calibration ends `moeq quantize` with code 2, one line, and no trace."""
+
+import json
+
+import pytest
+from helpers import int4, tiny_model, tokens
+
+pytest.importorskip("llmcompressor")
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from moeq_plugin.cli import app
+from moeq_plugin.cli.whole_model import check_whole
+
+IDS = {"input_ids": list(range(1, 40))}
+ONLY_ATTENTION = {"config_groups": int4(), "ignore": ["lm_head", "re:.*experts.*"]}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("qwen3_moe", path)
+    words = {str(i): i for i in range(128)}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "0")))
+    made.model_max_length = 64
+    made.save_pretrained(path)
+    return path
+
+
+def quantize(model, folder, rows, *more):
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["quantize", str(model), str(folder / "out"), "--dataset", str(folder / "data.jsonl")]
+    return CliRunner().invoke(app, [*command, *(more or ("--scheme", "W4A16_G32"))])
+
+
+def check_refused(done, folder, *kept):
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert done.stderr.startswith("moeq quantize: ")
+    assert {p.name for p in folder.iterdir()} == {"data.jsonl", *kept}
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([IDS, {"input_ids": []}], (), "row 1 of the calibration data has no tokens"),
+        ([{"text": "1 2"}, {"text": ""}], (), "row 1 of the calibration data has no tokens"),
+        ([{"input_ids": [4, 99999]}], (), "token id 99999"),
+        ([{"input_ids": [4, -1]}], (), "token id -1"),
+        ([{"text": "1"}, IDS], (), "has no `input_ids`"),
+        ([{"text": None}, {"text": "1"}], (), "has no `text`"),
+        ([{"prompt": "1"}], (), "the columns prompt"),
+        ([{"input_ids": ["a"]}], (), "expected lists of integers"),
+        ([{"input_ids": 5}], (), "expected lists of integers"),
+        ([{"text": 5}], (), "holds int64"),
+        ([IDS], ("--num-calibration-samples", "0"), "num_calibration_samples is 0"),
+        ([IDS], ("--num-calibration-samples", "-3"), "num_calibration_samples is -3"),
+        ([IDS], ("--max-seq-length", "0"), "max_seq_length is 0"),
+    ],
+)
+def test_wrong_data(rows, more, said, model_path, tmp_path):
+    done = quantize(model_path, tmp_path, rows, "--scheme", "W4A16_G32", *more)
+    check_refused(done, tmp_path)
+    assert said in done.stderr
+    right = quantize(model_path, tmp_path, [IDS])  # the corrected call is not in its way
+    assert right.exit_code == 0, right.output
+
+
+def test_generation_settings_that_cannot_be_saved(model_path, tmp_path):
+    import shutil
+
+    shutil.copytree(model_path, tmp_path / "model")
+    settings = {"do_sample": False, "temperature": 0.000001}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    done = quantize(tmp_path / "model", tmp_path, [IDS])
+    check_refused(done, tmp_path, "model")
+    assert "generation_config cannot be saved" in done.stderr
+
+
+def test_two_modifiers_for_the_same_weights(model_path, tmp_path):
+    modifiers = {"MoEQuantModifier": ONLY_ATTENTION, "GPTQModifier": ONLY_ATTENTION}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"a_stage": {"a_modifiers": modifiers}}))
+    done = quantize(model_path, tmp_path, [IDS], "--recipe", str(recipe))
+    assert done.exit_code == 2, done.output
+    assert "both quantize 8 modules" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl", "recipe.yaml"}
+
+
+@pytest.mark.parametrize(("num_tokens", "code"), [(1, 1), (64, 0)])
+def test_strict_looks_at_attention_too(num_tokens, code, model_path, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    content = {"a_stage": {"a_modifiers": {"MoEQuantModifier": ONLY_ATTENTION}}}
+    recipe.write_text(json.dumps(content))
+    rows = [{"input_ids": tokens(1, num_tokens)[0].tolist()}]
+    done = quantize(model_path, tmp_path, rows, "--recipe", str(recipe), "--strict")
+    assert done.exit_code == code, done.output
+    if code:
+        assert "model.layers.0.self_attn.q_proj: few, 1.0 effective tokens" in done.stderr
+
+
+TEXT = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+    "tie_word_embeddings": False, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+    "out_hidden_size": 64, "num_position_embeddings": 16,
+}  # fmt: skip
+
+
+def test_a_model_that_also_sees_is_refused_with_what_would_be_lost(model_path, tmp_path):
+    config = AutoConfig.for_model(
+        "qwen3_5_moe", text_config=TEXT, vision_config=VISION, image_token_id=100,
+        video_token_id=101, vision_start_token_id=102, vision_end_token_id=103,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
+        seen = sum("visual" in key for key in file.keys())  # noqa: SIM118 - not a dict
+    done = quantize(tmp_path / "model", tmp_path, [IDS])
+    check_refused(done, tmp_path, "model")
+    assert "is a multi-modal model (Qwen3_5MoeForConditionalGeneration)" in done.stderr
+    assert f"would lose model.visual.* ({seen} tensors). Quantize it in Python" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_models_of_text_alone_are_whole(family, tmp_path):
+    tiny_model(family, tmp_path)
+    check_whole(str(tmp_path))
