@@ -61,7 +61,6 @@ class _Running:
 
 
 _running: ContextVar[_Running | None] = ContextVar("running_oneshot", default=None)
-_checks: list[Callable[[Oneshot], None]] = []
 
 
 def register(check: Callable[[Oneshot], None]) -> None:
@@ -69,15 +68,10 @@ def register(check: Callable[[Oneshot], None]) -> None:
 
     The host hands a modifier neither the output directory nor the processor, a data set not the
     model, and nobody its batches. Upstream would have to pass them in ``state``, and to ask
-    modifiers before it reads data.
-
-    Args:
-        check: called with every ``Oneshot`` that is about to run; may refuse it.
+    modifiers before it reads data: ``check`` is called with every one that is about to run.
     """
-    if check not in _checks:
-        _checks.append(check)
     if not _is_ours(Oneshot.__call__):
-        setattr(Oneshot, "__call__", _noting(Oneshot.__call__))  # noqa: B010 - not a plain method
+        setattr(Oneshot, "__call__", _noting(Oneshot.__call__, check))  # noqa: B010 - not a plain method
     from_dataloader = vars(IntermediatesCache)["from_dataloader"].__func__
     if not _is_ours(from_dataloader):
         setattr(IntermediatesCache, "from_dataloader", classmethod(_listening(from_dataloader)))  # noqa: B010 - likewise
@@ -134,32 +128,22 @@ def forget_failure(modifier: Modifier) -> None:
         modifier.initialized_ = modifier.started_ = modifier.ended_ = False
 
 
-def _noting(call: Callable[[Oneshot], None]) -> Callable[[Oneshot], None]:
+def _noting(
+    call: Callable[[Oneshot], None], check: Callable[[Oneshot], None]
+) -> Callable[[Oneshot], None]:
     @wraps(call)
     def noting(self: Oneshot) -> None:
         with ExitStack() as scope:
             token = _running.set(_Running(self, scope))
             scope.callback(_running.reset, token)  # after all that was pushed on top of it
-            scope.callback(_forget_traced, frozenset(_wrapped_fns_to_patch))
-            for check in _checks:
-                check(self)
+            # torch.fx.wrap keeps the globals of what the host traces, and with them the model, for
+            # ever. Upstream would have to take its mark away: back to what was marked before
+            scope.callback(_wrapped_fns_to_patch.update, dict(_wrapped_fns_to_patch))
+            scope.callback(_wrapped_fns_to_patch.clear)
+            check(self)
             call(self)
 
     return noting
-
-
-def _forget_traced(before: frozenset[tuple[int, str]]) -> None:
-    """Let go of the functions that the host has wrapped while it traced a model.
-
-    It compiles the forward of a layer anew for every run and marks it with ``torch.fx.wrap``, which
-    keeps its globals, and by way of them the model, for as long as the process lives. Upstream
-    would have to take the mark away again.
-
-    Args:
-        before: what was wrapped when the run began.
-    """
-    for key in set(_wrapped_fns_to_patch) - before:
-        del _wrapped_fns_to_patch[key]
 
 
 # --- its batches and its causal masks -------------------------------------------------------------
@@ -302,16 +286,6 @@ def run_pass(
         patch_attr(arguments, "propagate_error", propagate_error and arguments.propagate_error),
     ):
         SequentialPipeline()(state.model, data, arguments)
-
-
-def neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
-    """Return the modifiers before and after one in the recipe that runs."""
-    recipe = active_session().lifecycle.recipe
-    modifiers = list(recipe.modifiers) if recipe is not None else []
-    for index, other in enumerate(modifiers):
-        if other is modifier:
-            return modifiers[:index], modifiers[index + 1 :]
-    return [], []
 
 
 # --- its solver and its saving --------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq.base import GPTQModifier
 from llmcompressor.modifiers.pruning.reap.base import REAPPruningModifier
@@ -20,7 +21,7 @@ from llmcompressor.modifiers.transform.spinquant.base import SpinQuantModifier
 from llmcompressor.modifiers.transform.spinquant.mappings import SPINQUANT_MAPPING_REGISTRY
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.host import neighbours, running_oneshot
+from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _BUDGETS = ("bits_per_weight", "size_gb", "allocation")
@@ -74,6 +75,16 @@ def check_stack(modifier: GPTQModifier, model: nn.Module, layers: list[MoELayer]
             _check_smoothquant(other, layers)
         elif isinstance(other, REAPPruningModifier):
             _check_schemes_survive(modifier, model, layers)
+
+
+def neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
+    """Return the modifiers before and after one in the recipe that runs."""
+    recipe = active_session().lifecycle.recipe
+    modifiers = list(recipe.modifiers) if recipe is not None else []
+    for index, other in enumerate(modifiers):
+        if other is modifier:
+            return modifiers[:index], modifiers[index + 1 :]
+    return [], []
 
 
 def identity(modifier: Modifier) -> dict[str, Any]:

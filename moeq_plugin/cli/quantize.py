@@ -89,7 +89,6 @@ def quantize(
         check_new_directory(out)
         _check_resume(work_dir, resume=resume)
         is_ours = may_go(work_dir)
-        check_whole(model)
         if recipe is None:
             modifiers = of_request(**request, target=target, work_dir=str(work_dir))
         else:
@@ -139,6 +138,7 @@ def _run(
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.files.publish import staged
 
+    check_whole(model)
     try:
         with staged(out) as stage, _without_empty_state(work_dir):
             run_oneshot(

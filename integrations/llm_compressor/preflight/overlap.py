@@ -11,8 +11,8 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
-from moeq_plugin.integrations.llm_compressor.host import neighbours
 from moeq_plugin.integrations.llm_compressor.preflight.targets import kept_by_default
+from moeq_plugin.integrations.llm_compressor.recipe import neighbours
 from moeq_plugin.integrations.llm_compressor.unfinished import is_unfinished
 from moeq_plugin.models.moe import MoELayer
 
