@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeq_plugin.cli.data import Data
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.shared import app, errors, say
+
+if TYPE_CHECKING:
+    from moeq_plugin.core.allocation import Allocation
+    from moeq_plugin.core.sensitivity import SensitivityTable
 
 
 @app.command()
@@ -77,15 +81,19 @@ def plan(
         budgets = [BitBudget(bits_per_weight=bits) for bits in bits_per_weight or ()]
         front = pareto_front(table, budgets, target=target, robust=robust)
         for found in front:
-            counts = Counter(found.choice.values())
-            chosen = ", ".join(f"{counts[o]} {o}" for o in table.options if o in counts)
-            size = (found.num_bytes + table.fixed_bytes) / 1e9
-            say(
-                f"{found.bits_per_weight:.4f} bits per weight, {size:.4g} GB: predicted loss "
-                f"{found.value:.4g}; {chosen}"
-            )
+            say(_in_words(found, table))
         if allocation is not None and front:
             write_whole(allocation, front[-1].save)
+
+
+def _in_words(found: Allocation, table: SensitivityTable) -> str:
+    counts = Counter(found.choice.values())
+    chosen = ", ".join(f"{counts[o]} {o}" for o in table.options if o in counts)
+    size = (found.num_bytes + table.fixed_bytes) / 1e9
+    return (
+        f"{found.bits_per_weight:.4f} bits per weight, {size:.4g} GB: predicted loss "
+        f"{found.value:.4g}; {chosen}"
+    )
 
 
 def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:

@@ -52,7 +52,7 @@ def _tensors_lost(directory: Path, config: Any) -> Counter[str]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        ours = set(AutoModelForCausalLM.from_config(config).state_dict())
+        ours = set(AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict())
     found: Counter[str] = Counter()
     of_text = {_COPIED}
     for path in directory.glob("*.safetensors"):
