@@ -240,7 +240,7 @@ def run_routed_tokens_only(model: nn.Module, undo: ExitStack) -> None:
             undo.callback(module.register_forward_hook(restore, always_call=True).remove)
 
 
-# --- passes, data and neighbours -----------------------------------------------------------------
+# --- passes and data -----------------------------------------------------------------------------
 
 
 def calibration_batches(state: State) -> DataLoader[Dataset]:
