@@ -77,14 +77,12 @@ def quantize(
         raise typer.Exit(2)
     with errors("quantize"):
         work_dir = work_dir or out.with_name(out.name + ".work")
-    if option:
-        request["options"] = option
+    request |= {"options": option} if option else {}
     request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
     phases = _phases(request, has_dataset=dataset is not None)
     with errors("quantize"), display(phases=phases, jsonl=jsonl):
-        reads = {"--dataset": dataset, "--recipe": recipe}
+        reads = {"--dataset": dataset, "--recipe": recipe, "MODEL": Path(model)}
         reads |= {"--sensitivity": sensitivity, "--allocation": allocation}
-        reads |= {"MODEL": Path(model)}
         check_places(reads=reads, makes={"OUT": out, "--work-dir": work_dir})
         check_new_directory(out)
         _check_resume(work_dir, resume=resume)

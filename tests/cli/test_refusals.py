@@ -57,8 +57,8 @@ def check_refused(done, folder, *kept):
         ([{"input_ids": ["a"]}], (), "expected lists of integers"),
         ([{"input_ids": 5}], (), "expected lists of integers"),
         ([{"text": 5}], (), "holds int64"),
-        ([IDS], ("--num-calibration-samples", "0"), "num_calibration_samples is 0"),
-        ([IDS], ("--num-calibration-samples", "-3"), "num_calibration_samples is -3"),
+        ([IDS], ("--num-calibration-samples", "0"), "is needed, 0 were asked for"),
+        ([IDS], ("--num-calibration-samples", "-3"), "is needed, -3 were asked for"),
         ([IDS], ("--max-seq-length", "0"), "max_seq_length is 0"),
     ],
 )

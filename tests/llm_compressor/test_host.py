@@ -29,6 +29,7 @@ from llmcompressor.pipelines.sequential import SequentialPipeline
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor import host
+from moeq_plugin.integrations.llm_compressor.preflight import check_arguments
 
 MOVED = "llm-compressor has moved what integrations/llm_compressor/host.py relies on: "
 
@@ -112,7 +113,7 @@ def test_the_running_oneshot_is_known_until_it_ends(tmp_path):
 
 def test_registering_again_wraps_nothing_twice():
     before = vars(Oneshot)["__call__"], vars(IntermediatesCache)["from_dataloader"]
-    host.register()
+    host.register(check_arguments)
     assert (vars(Oneshot)["__call__"], vars(IntermediatesCache)["from_dataloader"]) == before
 
 
