@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from moeq_plugin.core.refined_gptq import ScaleSearch, SolverOptions
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 
 

@@ -14,7 +14,8 @@ from llmcompressor.observers import Observer
 from torch import nn
 
 from moeq_plugin.core.gptq import Solution
-from moeq_plugin.core.refined_gptq import ScaleSearch, SolverOptions, solve_refined
+from moeq_plugin.core.refined_gptq import solve_refined
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
 from moeq_plugin.integrations.llm_compressor.schemes import grid_of
 from moeq_plugin.records.run import Basis
 

@@ -113,6 +113,7 @@ def quadratic_cost(hessian: torch.Tensor, num_groups: int) -> Cost:
 
     def cost(errors: torch.Tensor) -> torch.Tensor:
         rows = errors.transpose(1, 2)  # [experts, groups, out, columns of a group]
-        return ((rows @ of_groups) * rows).sum(-1).transpose(1, 2)
+        found: torch.Tensor = ((rows @ of_groups) * rows).sum(-1).transpose(1, 2)
+        return found
 
     return cost

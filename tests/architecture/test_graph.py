@@ -13,7 +13,7 @@ HERE = "integrations/llm_compressor/"
 # and do not know each other.
 LEVELS = (
     {"frozen_fields", "host", "schemes"},
-    {"calibration", "checkpoint", "places", "preflight", "recipe"},
+    {"calibration", "checkpoint", "places", "preflight", "recipe", "solver_fields"},
     {"solving", "rotation", "self_sampling"},
     {"allocation", "awq"},
     {"moequant"},

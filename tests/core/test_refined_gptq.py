@@ -7,8 +7,9 @@ from solver_problems import GRID_NAMES, GRIDS, problem
 from moeq_plugin.core.factorization import factorize
 from moeq_plugin.core.gptq import solve
 from moeq_plugin.core.grid import Grid, choose_grid, dequantize, quantize
-from moeq_plugin.core.refined_gptq import ScaleSearch, SolverOptions, solve_refined
+from moeq_plugin.core.refined_gptq import solve_refined
 from moeq_plugin.core.scale_search import search_scales, weighted_cost, wide
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
 
 EVERYTHING = SolverOptions(ScaleSearch.NARROW, signed=True, rounds=2, dampening_frac=0.05)
 

@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from torch import nn
 
-from moeq_plugin.core.refined_gptq import SolverOptions
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (

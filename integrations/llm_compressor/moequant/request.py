@@ -12,7 +12,7 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.gptq import GPTQModifier
 from torch import nn
 
-from moeq_plugin.core.refined_gptq import SolverOptions
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
 from moeq_plugin.models.moe import MoELayer
