@@ -72,6 +72,9 @@ def quantize(
     if len(request) != 1:
         typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
         raise typer.Exit(2)
+    if recipe is not None and preset is not None:
+        typer.echo("moeq quantize: --preset is a line of the recipe, `preset: ...`", err=True)
+        raise typer.Exit(2)
     work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
