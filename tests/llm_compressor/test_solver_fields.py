@@ -1,5 +1,7 @@
 """Presets fill in fields, fields reach the solver, and what comes out can be read."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -11,7 +13,7 @@ pytest.importorskip("llmcompressor")
 from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM
 
-from moeq_plugin import MoEQuantModifier
+from moeq_plugin import MoEQuantModifier, SensitivityTable
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.integrations.llm_compressor.solver_fields import PRESETS, Preset
 from moeq_plugin.records.run import RunRecord
@@ -99,6 +101,21 @@ class TestQuantizing:
         first_layer = [name for name in plain if ".layers.0." in name]  # same inputs in both runs
         assert first_layer
         assert all(refined[name] < plain[name] for name in first_layer)
+
+    def test_a_budget_is_spent_by_what_the_solver_that_ships_loses(self, tmp_path):
+        def losses(name, **fields):
+            model = tiny_model("qwen3_moe", tmp_path / name)
+            options = ["W3A16_G16", "W4A16_G16"]
+            budget = {"bits_per_weight": 5.5, "options": options}
+            oneshot(model, MoEQuantModifier(**budget, **fields), output_dir=str(tmp_path / "out"))
+            table = SensitivityTable.load(tmp_path / "out" / "moeq_sensitivity.json")
+            shutil.rmtree(tmp_path / "out")
+            return table.loss
+
+        fast, searched = losses("fast"), losses("searched", scale_search="group")
+
+        assert (searched != fast).all()
+        assert searched.sum() < fast.sum()
 
     @pytest.mark.parametrize("num_bits", [2, 4])
     def test_negative_scales_read_right(self, num_bits, tmp_path):
