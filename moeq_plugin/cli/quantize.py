@@ -69,12 +69,7 @@ def quantize(
         "recipe": recipe,
     }
     request = {name: value for name, value in given.items() if value is not None}
-    if len(request) != 1:
-        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
-        raise typer.Exit(2)
-    if recipe is not None and preset is not None:
-        typer.echo("moeq quantize: --preset is a line of the recipe, `preset: ...`", err=True)
-        raise typer.Exit(2)
+    _check_request(request, preset)
     work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
@@ -101,6 +96,20 @@ def quantize(
     if failures:
         typer.echo(complaint(failures, f"{out} holds them rounded to nearest"), err=True)
         raise typer.Exit(1)
+
+
+def _check_request(request: Mapping[str, Any], preset: str | None) -> None:
+    """Refuse what is no request, or two.
+
+    Raises:
+        typer.Exit: with code 2.
+    """
+    if len(request) != 1:
+        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
+        raise typer.Exit(2)
+    if "recipe" in request and preset is not None:
+        typer.echo("moeq quantize: --preset is a line of the recipe, `preset: ...`", err=True)
+        raise typer.Exit(2)
 
 
 def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
