@@ -40,6 +40,7 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, or balanced: less damage")] = None,
     target: Annotated[str, typer.Option(help="vllm, gguf, expert or linear")] = "vllm",
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
@@ -73,6 +74,7 @@ def quantize(
     work_dir = work_dir or out.with_name(out.name + ".work")
     if option:
         request["options"] = option
+    request |= {} if preset is None else {"preset": preset}
     request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
     phases = _phases(request, has_dataset=dataset is not None)
     with errors("quantize"), display(phases=phases, jsonl=jsonl):
