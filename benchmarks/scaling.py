@@ -305,7 +305,7 @@ def _moments(tokens: int, columns: int) -> float:
 
 @lru_cache
 def _factor(columns: int) -> float:
-    from moeq_plugin.core.gptq import inverse_factor
+    from moeq_plugin.core.factorization import inverse_factor
 
     inputs = torch.randn(64, columns)
     hessian, order = inputs.T @ inputs, torch.randperm(columns)[None]

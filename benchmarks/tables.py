@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ablation_tables import ablation, effects
+from ingredient_tables import ingredients
 from seeds import change, error
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,7 @@ def main() -> None:
             "routing": partial(ablation, "routing_agreement", 100, 1),
         },
         "docs/awq.md": {"speed": awq_speed},
+        "docs/solver.md": {"ingredients": ingredients},
         "docs/scaling.md": {
             "measured": scaled,
             "memory": layer_memory,

@@ -20,6 +20,7 @@ from moeq_plugin.cli.display import Timed
 from moeq_plugin.cli.modifiers import of_recipe
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 from moeq_plugin.records.progress import Progress, listening
+from moeq_plugin.records.run import RunRecord
 
 runner = CliRunner()
 
@@ -90,6 +91,23 @@ def test_an_interrupted_run_goes_on_only_when_told_to(tiny, monkeypatch):
     assert resumed.exit_code == 0, resumed.output
     assert steps[0].phase == "quantize" and steps[0].done == 16
     assert not (tiny / "out.work").exists()
+
+
+def test_a_preset_is_the_modifiers(tiny):
+    done = quantize(tiny, "--scheme", "W4A16_G32", "--preset", "balanced")
+    assert done.exit_code == 0, done.output
+    (record,) = RunRecord.load(tiny / "out")
+    assert record.settings["preset"] == "balanced"
+    assert record.settings["refine_rounds"] > 0
+
+
+@pytest.mark.parametrize("request_of", [("--scheme", "W4A16_G32"), ("--recipe", "recipe.yaml")])
+def test_a_preset_that_cannot_be_meant(tiny, request_of):
+    preset = "balanced" if "--recipe" in request_of else "quick"
+    done = quantize(tiny, *request_of, "--preset", preset)
+    assert done.exit_code == 2
+    assert "preset" in done.stderr
+    assert not (tiny / "out").exists()
 
 
 def test_there_must_be_something_to_resume(tiny):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -13,13 +13,17 @@ from compressed_tensors.quantization import (
 from llmcompressor.observers import Observer
 from torch import nn
 
-from moeq_plugin.core.gptq import Solution, solve
+from moeq_plugin.core.gptq import Solution
+from moeq_plugin.core.refined_gptq import solve_refined
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
 from moeq_plugin.integrations.llm_compressor.schemes import grid_of
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.records.run import Basis
 
 _CPU_STACK_BYTES = 1 << 25  # larger stacks leave the caches and are no faster
 _ACCELERATOR_SHARE = 0.25  # of the free memory
+# what the host completes a scheme with that names no observer
+_DEFAULT_OBSERVERS = (None, "memoryless_minmax")
 
 
 @dataclass
@@ -43,12 +47,15 @@ class Job:
     effective_tokens: float
 
 
-def stacks(jobs: Iterable[Job], max_jobs: int | None) -> Iterator[list[Job]]:
+def stacks(
+    jobs: Iterable[Job], max_jobs: int | None, options: SolverOptions
+) -> Iterator[list[Job]]:
     """Group jobs of one shape and scheme, within a bound on memory.
 
     Args:
         jobs: all jobs of a layer. Each is let go of once its stack has been consumed.
         max_jobs: largest stack, ``None`` for what fits the bound.
+        options: how they will be rounded.
     """
     alike: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
@@ -59,8 +66,10 @@ def stacks(jobs: Iterable[Job], max_jobs: int | None) -> Iterator[list[Job]]:
     for members in alike.values():
         columns = members[0].linears[0].weight.shape[1]
         rows = sum(len(linear.weight) for linear in members[0].linears)
-        # float32: the Hessian's factor and its inverse; weights as given, in work and rounded
-        job_bytes = 4 * columns * (2 * columns + 4 * rows)
+        # float32: the Hessian's factor and its inverse; weights as given, in work and rounded,
+        # and what a refinement holds beside them: errors, their product with the Hessian, codes
+        copies = 4 if options.is_plain else 9
+        job_bytes = 4 * columns * (2 * columns + copies * rows)
         fitting = max(1, _stack_bytes(members[0].hessian.device) // job_bytes)
         size = min(fitting, max_jobs or fitting)
         while members:
@@ -99,33 +108,38 @@ class Rounded:
 
 
 @torch.no_grad()
-def solve_stack(stack: list[Job], *, block_size: int, dampening_frac: float) -> list[Rounded]:
+def solve_stack(stack: list[Job], options: SolverOptions) -> list[Rounded]:
     """Round the weights of a stack of jobs; the linears stay as they are.
 
-    The weight observers must have seen their weights.
+    The weight observers must have seen their weights. One that was asked for by name chooses the
+    scales even where the options say to search them.
 
     Args:
         stack: jobs of one shape and scheme.
-        block_size: see :func:`moeq_plugin.core.gptq.solve`.
-        dampening_frac: likewise.
+        options: how to round.
     """
-    grid = grid_of(stack[0].args)
+    args = stack[0].args
+    grid = grid_of(args)
     assert grid is not None  # the caller sorted out other schemes
+    if args.observer not in _DEFAULT_OBSERVERS:
+        options = replace(options, scale_search=ScaleSearch.GIVEN, signed=False)
     qparams = [[_observed_grid(linear) for linear in job.linears] for job in stack]
     scale = torch.stack([torch.cat([q["scale"] for q in row]) for row in qparams])
     zero_point = torch.stack([torch.cat([q["zero_point"] for q in row]) for row in qparams])
     weight = torch.stack([torch.cat([linear.weight for linear in job.linears]) for job in stack])
-    solution = solve(
+    refined = solve_refined(
         weight,
         [job.hessian for job in stack],
         scale,
         zero_point,
         grid,
-        block_size=block_size,
-        dampening_frac=dampening_frac,
-        actorder=stack[0].args.actorder is not None,
+        options,
+        actorder=args.actorder is not None,
     )
-    return [Rounded(solution, i, scale[i], zero_point[i]) for i in range(len(stack))]
+    return [
+        Rounded(refined.solution, i, refined.scale[i], refined.zero_point[i])
+        for i in range(len(stack))
+    ]
 
 
 def _observed_grid(linear: nn.Linear) -> dict[str, torch.Tensor]:

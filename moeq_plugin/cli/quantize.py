@@ -42,6 +42,7 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, or balanced: less damage")] = None,
     target: Annotated[str, typer.Option(help="vllm, gguf, expert or linear")] = "vllm",
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
@@ -72,12 +73,11 @@ def quantize(
         "recipe": recipe,
     }
     request = {name: value for name, value in given.items() if value is not None}
-    if len(request) != 1:
-        say(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
-        raise typer.Exit(2)
+    _check_request(request, preset)
     with errors("quantize"):
         work_dir = work_dir or out.with_name(out.name + ".work")
     request |= {"options": option} if option else {}
+    request |= {"preset": preset} if preset is not None else {}
     request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
     phases = _phases(request, has_dataset=dataset is not None)
     with errors("quantize"), display(phases=phases, jsonl=jsonl):
@@ -100,6 +100,20 @@ def quantize(
     if failures:
         _complain(failures, f"{out} holds them rounded to nearest")
         raise typer.Exit(1)
+
+
+def _check_request(request: Mapping[str, Any], preset: str | None) -> None:
+    """Refuse what is no request, or two.
+
+    Raises:
+        typer.Exit: with code 2.
+    """
+    if len(request) != 1:
+        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
+        raise typer.Exit(2)
+    if "recipe" in request and preset is not None:
+        typer.echo("moeq quantize: --preset is a line of the recipe, `preset: ...`", err=True)
+        raise typer.Exit(2)
 
 
 def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:

@@ -31,7 +31,7 @@ from moeq_plugin.core.codebook import (
     fit_codebooks,
     quantize_codebook,
 )
-from moeq_plugin.core.gptq import inverse_factor, revive_dead_columns
+from moeq_plugin.core.factorization import inverse_factor, revive_dead_columns
 from moeq_plugin.core.kmeans import nearest
 
 

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moeq_plugin.core.factorization import Factorization, factorize
 from moeq_plugin.core.grid import Grid, nearest_code, point_of_code
-
-_DAMPING_ATTEMPTS = 4  # each ten times the one before
 
 
 @dataclass(frozen=True)
@@ -74,57 +73,32 @@ def solve(
     Raises:
         ValueError: if shapes disagree.
     """
-    _check_shapes(weight, hessians, scale)
-    diagonal = torch.stack([revive_dead_columns(hessian) for hessian in hessians])
-    if actorder:
-        order = diagonal.argsort(dim=1)  # ascending, since columns are processed from the end
-    else:
-        order = torch.arange(weight.shape[2] - 1, -1, -1, device=weight.device)
-        order = order.expand(len(weight), -1)
-    factor, is_nearest = inverse_factor(hessians, order, dampening_frac)
+    check_shapes(weight, hessians, scale)
+    factorization = factorize(hessians, dampening_frac=dampening_frac, actorder=actorder)
+    return round_columns(weight, factorization, scale, zero_point, grid, block_size=block_size)
+
+
+def round_columns(
+    weight: torch.Tensor,
+    factorization: Factorization,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    grid: Grid,
+    *,
+    block_size: int = 128,
+) -> Solution:
+    """Round each weight along a factorization; arguments as of :func:`solve`."""
+    order, factor = factorization.order, factorization.factor
     W = torch.stack([w.index_select(1, o).T for w, o in zip(weight, order, strict=True)]).float()
     group = grid.group_of_column(weight.shape[2]).to(weight.device)[order]
-    loss = _round_columns(W, factor, scale, zero_point, group, grid, block_size)
+    loss = _round_blocks(W, factor, scale, zero_point, group, grid, block_size)
     result = torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)
     for rounded, w, o in zip(result, W, order.argsort(dim=1), strict=True):
         rounded.copy_(w.index_select(0, o).T)
-    return Solution(result, loss, is_nearest)
+    return Solution(result, loss, factorization.is_nearest)
 
 
-def inverse_factor(
-    hessians: Sequence[torch.Tensor], order: torch.Tensor, dampening_frac: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lower triangular ``F`` with ``inverse(damped H[order, order]) = F.T @ F``.
-
-    Args:
-        hessians: for each expert ``[in, in]``, symmetric with a positive diagonal.
-        order: ``[experts, in]``, the order of rows and columns in the result.
-        dampening_frac: fraction of the mean diagonal that is added to the diagonal.
-
-    Returns:
-        ``[experts, in, in]``, and ``[experts]`` bool that is true where no damping tried made the
-        Hessian positive definite; the factor there is the identity, which rounds to nearest.
-    """
-
-    def damped(e: int, attempt: int) -> torch.Tensor:
-        ordered = hessians[e].index_select(0, order[e]).index_select(1, order[e]).float()
-        diagonal = ordered.diagonal()
-        diagonal += dampening_frac * 10**attempt * diagonal.mean()
-        return ordered
-
-    L = torch.stack([damped(e, 0) for e in range(len(hessians))])
-    info = torch.empty(len(hessians), dtype=torch.int32, device=L.device)
-    torch.linalg.cholesky_ex(L, out=(L, info))
-    for attempt in range(1, _DAMPING_ATTEMPTS):
-        for e in info.nonzero().flatten().tolist():
-            L[e], info[e] = torch.linalg.cholesky_ex(damped(e, attempt))
-    is_nearest = info != 0
-    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
-    L[is_nearest] = identity
-    return torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), is_nearest
-
-
-def _round_columns(
+def _round_blocks(
     W: torch.Tensor,
     factor: torch.Tensor,
     scale: torch.Tensor,
@@ -161,19 +135,14 @@ def _round_columns(
     return loss
 
 
-def revive_dead_columns(hessian: torch.Tensor) -> torch.Tensor:
-    """Give columns that saw only zeros the mean diagonal, in place; return the diagonal."""
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    if dead.any():
-        alive = diagonal[~dead]
-        diagonal[dead] = alive.mean() if len(alive) else 1.0
-    return diagonal
-
-
-def _check_shapes(
+def check_shapes(
     weight: torch.Tensor, hessians: Sequence[torch.Tensor], scale: torch.Tensor
 ) -> None:
+    """Refuse what is not a stack.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
     if weight.ndim != 3:
         raise ValueError(f"weight must be [experts, out, in], got {list(weight.shape)}")
     experts, rows, columns = weight.shape

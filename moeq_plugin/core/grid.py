@@ -79,8 +79,24 @@ def choose_grid(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
     """
     num_groups = int(grid.group_of_column(weight.shape[-1])[-1]) + 1
     groups = weight.unflatten(-1, (num_groups, -1))  # [..., out, groups, columns of a group]
-    low = groups.amin(-1).clamp(max=0)
-    high = groups.amax(-1).clamp(min=0)
+    return grid_of_range(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
+
+
+def grid_of_range(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and zero point that just reach from ``low`` to ``high``.
+
+    A symmetric grid reaches as far on both sides.
+
+    Args:
+        low: at most 0, any shape.
+        high: at least 0, the same shape.
+        grid: the grid's description.
+
+    Returns:
+        As of :func:`choose_grid`.
+    """
     steps = grid.highest - grid.lowest
     scale = torch.maximum(high, -low) / (steps / 2) if grid.symmetric else (high - low) / steps
     # a row of zeros has no scale of its own: any positive one represents it exactly
@@ -98,7 +114,7 @@ def quantize(
 
     Args:
         weight: ``[..., out, in]``.
-        scale: ``[..., out, groups]``, positive.
+        scale: ``[..., out, groups]``, not 0; a negative one turns the grid around.
         zero_point: ``[..., out, groups]``.
         grid: the grid's description.
     """

@@ -13,7 +13,7 @@ HERE = "integrations/llm_compressor/"
 # and do not know each other.
 LEVELS = (
     {"frozen_fields", "host", "one_run", "schemes", "unfinished"},
-    {"calibration", "checkpoint", "places", "recipe"},
+    {"calibration", "checkpoint", "places", "recipe", "solver_fields"},
     {"preflight", "solving", "self_sampling"},
     {"allocation", "awq", "rotation"},
     {"moequant"},

@@ -5,7 +5,8 @@ import torch
 
 from moeq_plugin.core.codebook import CodebookFormat, encode
 from moeq_plugin.core.codebook_solver import refine_codebooks, solve_codebook
-from moeq_plugin.core.gptq import inverse_factor, solve
+from moeq_plugin.core.factorization import inverse_factor
+from moeq_plugin.core.gptq import solve
 from moeq_plugin.core.grid import Grid, choose_grid
 
 FORMS = [

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from moeq_plugin.core.gptq import inverse_factor, solve
+from moeq_plugin.core.factorization import inverse_factor
+from moeq_plugin.core.gptq import solve
 from moeq_plugin.core.grid import Grid, choose_grid, dequantize, quantize
 
 

@@ -31,7 +31,6 @@ from moeq_plugin.integrations.llm_compressor.allocation.row_weights import measu
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import TrialRounding
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
-from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 from moeq_plugin.integrations.llm_compressor.host import (
     listen_to_batches,
     run_pass,
@@ -39,11 +38,12 @@ from moeq_plugin.integrations.llm_compressor.host import (
     undo_with_oneshot,
 )
 from moeq_plugin.integrations.llm_compressor.one_run import OneRun
+from moeq_plugin.integrations.llm_compressor.solver_fields import SolverFields
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import layer_progress, report_progress
 
 
-class SensitivityModifier(FrozenFields, OneRun, Modifier):
+class SensitivityModifier(SolverFields, OneRun, Modifier):
     """Measure a :class:`moeq_plugin.SensitivityTable`; nothing is quantized.
 
     The loss of linear ``l`` at option ``b`` is ``E[g^2 . (dW_b x)^2] / 2`` in nats per token:
@@ -72,9 +72,9 @@ class SensitivityModifier(FrozenFields, OneRun, Modifier):
         min_effective_tokens: as for quantization.
         shrinkage: as for quantization.
         seed: of samples and draws.
-        block_size: as for quantization.
-        dampening_frac: as for quantization.
         weight_observer: as for quantization.
+
+    How trials are rounded is said by the arguments of :class:`SolverFields`.
     """
 
     options: list[str] = Field(default_factory=lambda: list(DEFAULT_OPTIONS))
@@ -86,8 +86,6 @@ class SensitivityModifier(FrozenFields, OneRun, Modifier):
     min_effective_tokens: float | None = Field(default=None, ge=0)
     shrinkage: float = Field(default=1.0, ge=0)
     seed: int = 0
-    block_size: int = 128
-    dampening_frac: float | None = 0.01
     weight_observer: str | None = None
     requires_calibration_data: bool = True
 
@@ -177,8 +175,7 @@ class SensitivityModifier(FrozenFields, OneRun, Modifier):
         rounding = TrialRounding(
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
-            block_size=self.block_size,
-            dampening_frac=self.dampening_frac or 0.0,
+            solver=self.solver_options(),
         )
         return Measurement(
             self._choices,

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from torch import nn
 
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
@@ -51,14 +52,12 @@ class TrialRounding:
     Attributes:
         min_effective_tokens: as for quantization.
         shrinkage: as for quantization.
-        block_size: as for quantization.
-        dampening_frac: as for quantization.
+        solver: as for quantization.
     """
 
     min_effective_tokens: float | None
     shrinkage: float
-    block_size: int
-    dampening_frac: float
+    solver: SolverOptions
 
     def guarded(self, observation: Observation, calibration: Calibration) -> GuardedMoments:
         """Return second moments that starve no expert.
@@ -95,10 +94,8 @@ class TrialRounding:
                 for of, linears in zip(moments, fitting, strict=True)
                 if linears
             ]
-            for stack in stacks(jobs, None):
-                rounded = solve_stack(
-                    stack, block_size=self.block_size, dampening_frac=self.dampening_frac
-                )
+            for stack in stacks(jobs, None, self.solver):
+                rounded = solve_stack(stack, self.solver)
                 for job, of_job in zip(stack, rounded, strict=True):
                     weights = of_job.weight.split([len(linear.weight) for linear in job.linears])
                     for linear, weight in zip(job.linears, weights, strict=True):

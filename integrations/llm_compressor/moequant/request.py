@@ -12,6 +12,7 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.gptq import GPTQModifier
 from torch import nn
 
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
 from moeq_plugin.models.moe import MoELayer
@@ -32,6 +33,7 @@ class Request:
         seed: likewise.
         min_effective_tokens: likewise.
         shrinkage: likewise.
+        solver: how weights are rounded.
     """
 
     modifier: str
@@ -43,6 +45,7 @@ class Request:
     seed: int
     min_effective_tokens: float | None
     shrinkage: float
+    solver: SolverOptions
 
     @classmethod
     def of(
@@ -83,6 +86,7 @@ class Request:
             seed=recipe.seed,
             min_effective_tokens=recipe.min_effective_tokens,
             shrinkage=recipe.shrinkage,
+            solver=recipe.solver_options(),
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
         preflight.check_untouched(model)

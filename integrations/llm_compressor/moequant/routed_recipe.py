@@ -13,12 +13,15 @@ from llmcompressor.sentinel import Sentinel
 from pydantic import Field, field_validator
 
 from moeq_plugin.core.sampling import EBSSConfig
-from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE, FrozenFields
+from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
 from moeq_plugin.integrations.llm_compressor.one_run import OneRun
+from moeq_plugin.integrations.llm_compressor.solver_fields import SolverFields
 
 
-class RoutedRecipe(FrozenFields, OneRun, GPTQModifier):
+class RoutedRecipe(SolverFields, OneRun, GPTQModifier):
     """GPTQ whose second moments are those of the tokens that the router sends to each expert.
+
+    Arguments beside those of :class:`SolverFields` and of the host:
 
     Args:
         affinity_power: power of the combine weight: 1 as in the paper, 0 for plain routed GPTQ, 2

@@ -17,7 +17,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
-from moeq_plugin.core.gptq import revive_dead_columns
+from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
@@ -182,7 +182,7 @@ class Run:
             owners = rank_moments.keep_own_share(self._calibration, self._names)
         num_before = len(self.record.linears)
         with torch.no_grad(), disable_offloading():
-            for stack in stacks(self._jobs(), self._max_stack()):
+            for stack in stacks(self._jobs(), self._max_stack(), self._request.solver):
                 self._solve_stack(stack)
             if is_distributed():
                 self._exchange(owners, num_before)
@@ -212,11 +212,7 @@ class Run:
         if grid_of(stack[0].args) is None:
             self._solve_with_host(stack)
             return
-        rounded = solve_stack(
-            stack,
-            block_size=self._host.block_size,
-            dampening_frac=self._host.dampening_frac or 0.0,
-        )
+        rounded = solve_stack(stack, self._request.solver)
         for job, of_job in zip(stack, rounded, strict=True):
             for linear, loss in write(job, of_job).items():
                 self._note(linear, job, Basis.NONE if loss is None else job.basis, loss)

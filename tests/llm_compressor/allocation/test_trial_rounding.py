@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import (
     GuardedMoments,
@@ -12,9 +13,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import (
 )
 from moeq_plugin.records.run import Basis
 
-ROUNDING = TrialRounding(
-    min_effective_tokens=None, shrinkage=1.0, block_size=128, dampening_frac=0.01
-)
+ROUNDING = TrialRounding(min_effective_tokens=None, shrinkage=1.0, solver=SolverOptions())
 
 
 def moments(*columns):

@@ -1,0 +1,80 @@
+"""What a recipe says of how weights are rounded, and presets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
+from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
+
+
+class Preset(StrEnum):
+    """A set of fields under one name."""
+
+    FAST = "fast"  # GPTQ on the observer's scales
+    BALANCED = "balanced"  # what was measured to help on every model, without a second stream
+
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    Preset.FAST: {},
+    Preset.BALANCED: {
+        "scale_search": ScaleSearch.NARROW,
+        "refine_rounds": 2,
+        "dampening_frac": 0.05,
+    },
+}
+
+
+class SolverFields(FrozenFields):
+    """How weights are rounded.
+
+    Args:
+        preset: fills in fields that are not given: ``balanced`` means ``scale_search="narrow"``,
+            ``refine_rounds=2`` and ``dampening_frac=0.05``.
+        scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
+            within 20 % of the range, ``conditional`` and ``group`` in a wide range by the second
+            moments. An observer that a scheme or ``weight_observer`` asks for, other than the
+            default one, comes before any search.
+        signed_scales: let the search make scales negative on symmetric grids, where that puts the
+            code without a counterpart on the side that needs it. Not every program that reads
+            checkpoints takes such scales.
+        refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
+    """
+
+    preset: Preset = Preset.FAST
+    scale_search: ScaleSearch = ScaleSearch.GIVEN
+    signed_scales: bool = False
+    refine_rounds: int = Field(default=0, ge=0)
+    # of the host's GPTQModifier, where a subclass is one
+    block_size: int = 128
+    dampening_frac: float | None = 0.01
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {**PRESETS.get(given.get("preset", Preset.FAST), {}), **given}
+
+    @model_validator(mode="after")
+    def _check_solver(self) -> SolverFields:
+        self.solver_options()
+        return self
+
+    def solver_options(self) -> SolverOptions:
+        """Return how weights are rounded.
+
+        Raises:
+            ValueError: if the fields contradict each other.
+        """
+        return SolverOptions(
+            scale_search=self.scale_search,
+            signed=self.signed_scales,
+            rounds=self.refine_rounds,
+            dampening_frac=self.dampening_frac or 0.0,
+            block_size=self.block_size,
+        )

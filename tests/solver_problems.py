@@ -1,0 +1,37 @@
+"""Small problems for solvers, and their losses in float64."""
+
+import torch
+
+from moeq_plugin.core.grid import Grid, choose_grid, dequantize, quantize
+
+GRIDS = [Grid(4, 4), Grid(2), Grid(3, 8, symmetric=False)]
+GRID_NAMES = ["g4", "channel", "asymmetric"]
+
+
+def problem(experts=3, rows=6, columns=16, tokens=64, seed=0, dtype=torch.float32):
+    """Return weights ``[experts, rows, columns]`` and positive definite second moments."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(experts, rows, columns, generator=rng)
+    mixing = torch.randn(columns, columns, generator=rng)
+    inputs = torch.randn(experts, tokens, columns, generator=rng) @ mixing
+    hessian = 2 * inputs.transpose(1, 2) @ inputs
+    hessian += 0.01 * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns)
+    return weight.to(dtype), hessian
+
+
+def nearest(weight, grid):
+    """Return scale, zero point and codes of rounding to nearest."""
+    scale, zero_point = choose_grid(weight, grid)
+    return scale, zero_point, quantize(weight, scale, zero_point, grid)
+
+
+def loss(weight, codes, scale, zero_point, hessian, grid):
+    """Return ``[experts, rows]`` in float64, of the points as they are stored."""
+    change = weight.double() - dequantize(codes, scale, zero_point, grid).double()
+    return ((change @ hessian.double()) * change).sum(2) / 2
+
+
+def orders(experts, columns, seed=0):
+    """Return a random order of columns for each expert."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(columns, generator=rng) for _ in range(experts)])
