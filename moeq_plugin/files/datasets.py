@@ -30,9 +30,7 @@ def read_dataset(path: Path | None, num_rows: int) -> Any:
     from datasets import Dataset
 
     if num_rows < 1:
-        raise ValueError(
-            f"num_calibration_samples is {num_rows}: at least 1 row of {path} is needed"
-        )
+        raise ValueError(f"at least 1 row of {path} is needed, {num_rows} were asked for")
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected JSON lines with `text` or `input_ids`")
     try:

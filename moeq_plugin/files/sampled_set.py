@@ -154,7 +154,7 @@ class SampledSetFile:
         expected, num_lines = manifest.get("sha256", ""), manifest.get("num_lines")
         if isinstance(num_lines, int) and not manifest.get("is_complete"):
             content = b"".join(content.splitlines(keepends=True)[:num_lines])
-        if expected not in {None, hashlib.sha256(content).hexdigest()}:
+        if expected is not None and expected != hashlib.sha256(content).hexdigest():
             raise ValueError(
                 f"{self.path} was changed after it was sampled: its hash is not the one in "
                 f"{self.manifest_path.name}; delete the manifest to use it all the same"

@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,7 +171,10 @@ def test_two_starts_at_once_with_the_default_work_directory(tiny):
 def test_control_c_ends_with_130_wherever_it_comes(moment, tiny):
     request = command("quantize", tiny / "model", tiny / "out", *SCHEME, "--jsonl")
     request += ["--dataset", str(tiny / "data.jsonl")]
-    run = subprocess.Popen(request, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # whoever runs the tests in the background ignores the signal, and so would the command
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(request, preexec_fn=heed, **pipes)
     if moment == "quantize":
         run.stdout.readline()
     else:

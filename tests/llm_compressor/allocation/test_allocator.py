@@ -199,7 +199,7 @@ def test_an_allocation_is_applied_as_it_is_and_refused_where_it_would_be_misread
         ({"bits_per_weight": 4.0, "size_gb": 1.0}, ValueError, "exactly one of"),
         ({"bits_per_weight": 4.0, "options": ["W4A16", "W2A16"]}, ValueError, "Add an option"),
         ({"bits_per_weight": 4.0, "target": "tensorrt"}, ValueError, "vllm"),
-        ({"allocation": "missing.json"}, OSError, "missing.json"),
+        ({"allocation": "missing.json"}, ValueError, "missing.json cannot be read: No such file"),
     ],
     ids=lambda value: str(value)[:40],
 )
