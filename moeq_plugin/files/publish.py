@@ -31,6 +31,7 @@ def staged(directory: Path) -> Iterator[Path]:
     directory = directory.resolve()
     check_new_directory(directory)
     with temporary_stage(directory, beside=directory) as stage:
+        check_new_directory(directory)  # once more: whoever held it before may have filled it
         yield stage
         finish(stage)
         if directory.is_dir():
