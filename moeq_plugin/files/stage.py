@@ -33,7 +33,7 @@ def temporary_stage(directory: Path, *, beside: Path) -> Iterator[Path]:
     # on the same file system, so that all that is left to do at the end is to rename
     temporary = _temporary(beside)
     stage = temporary / directory.name
-    if temporary.exists() and any(temporary.iterdir()) and not (temporary / LOCK_FILE).exists():
+    if _is_of_others(temporary):
         raise ValueError(
             f"{temporary} is needed to write {directory} and holds files of something else; move "
             "it away, or delete it if it is left over"
@@ -47,6 +47,16 @@ def temporary_stage(directory: Path, *, beside: Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
     with suppress(OSError):  # it is gone, or holds something of others
         temporary.rmdir()  # a killed process had made it
+
+
+def _is_of_others(temporary: Path) -> bool:
+    """Tell whether a directory holds something, and nothing that says it is a stage's."""
+    try:
+        # in one look: whoever holds it may end at any moment
+        names = {path.name for path in temporary.iterdir()}
+    except FileNotFoundError:
+        return False
+    return bool(names) and LOCK_FILE not in names
 
 
 def _temporary(directory: Path) -> Path:
