@@ -150,7 +150,7 @@ def _check_schemes_survive(
     """Refuse schemes that belong to single experts, which pruning removes and renumbers.
 
     Raises:
-        ValueError: naming the wish that cannot be met.
+        ValueError: naming the request that cannot be met.
     """
     asked = [name for name in _BUDGETS if getattr(modifier, name, None) is not None]
     group_of: dict[nn.Module, str] = {}

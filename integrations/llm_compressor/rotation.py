@@ -21,6 +21,7 @@ from moeq_plugin.core.hadamard import Rotation, random_rotation
 from moeq_plugin.integrations.llm_compressor import preflight
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.host import run_routed_tokens_only
+from moeq_plugin.integrations.llm_compressor.schemes import weight_of
 from moeq_plugin.models.residual import ResidualStream, find_residual_stream
 
 
@@ -102,7 +103,7 @@ def rotate(stream: ResidualStream, rotation: Rotation) -> None:
     rotation = rotation.to(_float64_device())
     _replace(stream.embedding, "weight", rotation.of_reader)
     for read in stream.reads:
-        fold = partial(rotation.of_reader, scale=_weight(read.norm))
+        fold = partial(rotation.of_reader, scale=weight_of(read.norm))
         for reader in read.readers:
             _replace(reader, "weight", fold)
         _replace(read.norm, "weight", torch.ones_like)
@@ -126,12 +127,6 @@ def _replace(module: nn.Module, name: str, change: Callable[[torch.Tensor], torc
     if is_distributed():
         distributed.broadcast(new, src=get_source_rank())
     update_offload_parameter(module, name, new)
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)  # embeddings and norms have one
-    return weight
 
 
 def _hadamard(order: int, seed: int) -> torch.Tensor | None:
@@ -158,7 +153,7 @@ def _check_order(model: PreTrainedModel) -> None:
 
 def _probe_tokens(stream: ResidualStream) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(_weight(stream.embedding)), (2, 16), generator=generator)
+    ids = torch.randint(len(weight_of(stream.embedding)), (2, 16), generator=generator)
     return ids.to(get_execution_device(stream.embedding))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
+
+from moeq_plugin.integrations.llm_compressor.schemes import weight_of
 
 
 def check_group_sizes(modules: dict[nn.Module, str]) -> None:
@@ -22,8 +23,7 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
     lines, columns = [], []
     for module, name in modules.items():
         scheme: QuantizationScheme = module.quantization_scheme
-        group_size, weight = scheme.weights.group_size, module.weight
-        assert isinstance(weight, torch.Tensor)  # what a scheme is attached to has one
+        group_size, weight = scheme.weights.group_size, weight_of(module)
         if group_size and group_size > 0 and weight.shape[1] % group_size:
             columns.append(weight.shape[1])
             lines.append(f"  - {name} (columns={columns[-1]}, group_size={group_size})")
