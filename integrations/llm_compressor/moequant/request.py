@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -14,8 +15,15 @@ from torch import nn
 
 from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor import preflight
+from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    Observation,
+)
+from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
 from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.records.run import Basis
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,26 @@ class Request:
         """Return the request with these schemes in the place of what it had."""
         decided = {"scheme": None, "config_groups": dict(groups)}
         return replace(self, host_fields={**self.host_fields, **decided})
+
+    def calibration(self, padding: PaddingWatch) -> Calibration:
+        """Return what measures second moments as asked for."""
+        return Calibration(
+            affinity_power=self.affinity_power,
+            weight_gate_proj=self.weight_gate_proj,
+            seed=self.seed,
+            padding=padding,
+        )
+
+    def guard(
+        self, observation: Observation, calibration: Calibration
+    ) -> tuple[torch.Tensor, float, Basis]:
+        """Return second moments that starve no expert; see :func:`guard`."""
+        return guard(
+            observation,
+            calibration,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
 
     def _stock(self) -> GPTQModifier:
         return GPTQModifier(**deepcopy(dict(self.host_fields)))  # which completes its schemes

@@ -61,8 +61,8 @@ class Start:
 class RoutedModifier(RoutedRecipe):
     """Hands the events of llm-compressor's life cycle to the phases of its runs.
 
-    A subclass checks the request in ``on_initialize`` and calls :meth:`_set_phases` there, or in
-    :meth:`_before_pass` where the schemes depend on the data.
+    A subclass checks the request in ``on_initialize`` and sets its record and phases there, or in
+    :meth:`_begin_pass` where the schemes depend on the data.
     """
 
     _start: Start = PrivateAttr()

@@ -20,8 +20,6 @@ from torch import nn
 from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
-from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
-from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
@@ -83,12 +81,7 @@ class Run:
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
         self._padding = PaddingWatch(state)
-        self._calibration = Calibration(
-            affinity_power=request.affinity_power,
-            weight_gate_proj=request.weight_gate_proj,
-            seed=request.seed,
-            padding=self._padding,
-        )
+        self._calibration = request.calibration(self._padding)
         # only with schemes attached are the group sizes of all presets and patterns known
         preflight.check_group_sizes(self._pending)
 
@@ -194,12 +187,7 @@ class Run:
         while observations:
             # given away, so that second moments are freed as their stack is solved
             _, observation = observations.popitem()
-            hessian, weight_sum, basis = guard(
-                observation,
-                self._calibration,
-                min_effective_tokens=self._request.min_effective_tokens,
-                shrinkage=self._request.shrinkage,
-            )
+            hessian, weight_sum, basis = self._request.guard(observation, self._calibration)
             effective_tokens = observation.moments.effective_tokens
             by_scheme: dict[str, list[nn.Linear]] = {}
             for linear in observation.linears:

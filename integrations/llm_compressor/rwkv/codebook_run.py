@@ -15,8 +15,6 @@ from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
-from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
-from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
@@ -67,12 +65,7 @@ class CodebookRun:
         self._undo = ExitStack()
         host.undo_with_oneshot(self._undo)
         self._padding = PaddingWatch(state)
-        self._calibration = Calibration(
-            affinity_power=request.affinity_power,
-            weight_gate_proj=request.weight_gate_proj,
-            seed=request.seed,
-            padding=self._padding,
-        )
+        self._calibration = request.calibration(self._padding)
 
     def begin(self, state: State) -> None:
         """Register the hooks that accumulate second moments."""
@@ -89,12 +82,7 @@ class CodebookRun:
         with torch.no_grad(), disable_offloading():
             # every rank encodes all weights, from the same sums and so to the same codes
             for observation in self._calibration.observations.values():
-                hessian, weight_sum, basis = guard(
-                    observation,
-                    self._calibration,
-                    min_effective_tokens=self._request.min_effective_tokens,
-                    shrinkage=self._request.shrinkage,
-                )
+                hessian, weight_sum, basis = self._request.guard(observation, self._calibration)
                 tokens = observation.moments.effective_tokens
                 for linear in observation.linears:
                     self._encode(linear, hessian, weight_sum, basis, tokens)

@@ -40,16 +40,15 @@ class SetWriter:
 
     def write(self, sequence: SampledSequence) -> None:
         """Add a sequence to the file, if there is one."""
-        if self._file is not None:
-            self._try(lambda file: file.append(sequence))
+        self._try(lambda file: file.append(sequence))
 
     def complete(self) -> None:
         """Note that nothing is missing."""
-        if self._file is not None:
-            self._try(SampledSetFile.complete)
+        self._try(SampledSetFile.complete)
 
     def _try(self, action: Callable[[SampledSetFile], None]) -> None:
-        assert self._file is not None
+        if self._file is None:
+            return
         try:
             action(self._file)
         except OSError as error:
