@@ -27,7 +27,7 @@ HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, 
 
 def main() -> None:
     pages = {
-        "README.md": {
+        "docs/results.md": {
             "quality": quality,
             "speed": speed,
             "allocation": partial(allocation, "routed experts", HEADLINE),
