@@ -23,6 +23,7 @@ MIXED = {
         "targets": [r"re:.*layers\.1\.(mlp|block_sparse_moe)\.experts.*"],
     },
 }
+SIGNED = {"preset": "balanced", "signed_scales": True}
 # what MoEQuantModifier is asked for, by name of the checkpoint: (family, arguments)
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {"config_groups": int4(16)}) for family in FAMILIES},
@@ -30,6 +31,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "3-bit": ("mixtral", {"config_groups": int4(16, num_bits=3)}),
     "8-bit channels": ("deepseek_v2", {"config_groups": int4(None, num_bits=8)}),
     "activations": ("olmoe", {"scheme": "W8A8"}),
+    "8-bit floats": ("qwen3_moe", {"scheme": "FP8_DYNAMIC"}),
+    "signed": ("qwen3_moe", {"config_groups": int4(16), **SIGNED}),
+    "signed, 2 bit": ("mixtral", {"config_groups": int4(16, num_bits=2), **SIGNED}),
+    "signed, 8 bit": ("deepseek_v2", {"config_groups": int4(None, num_bits=8), **SIGNED}),
     "mixed": ("mixtral", {"config_groups": MIXED}),
     "allocated": (
         "qwen2_moe",
@@ -137,5 +142,6 @@ MadeFrom = tuple[str, Callable[[Path], None]]
 VARIANTS: dict[str, MadeFrom] = {
     "GPTQ format": ("qwen3_moe", to_gptq),
     "shards": ("mixtral", shard),
+    "signed, GPTQ format": ("signed", to_gptq),
     "next-token prediction": ("deepseek_v3", lambda path: add_mtp_layer(path, is_ignored=True)),
 }

@@ -29,7 +29,9 @@ PLAIN = {
 }
 
 
-def random_linears(grid: Grid, *, seed: int = 0, lowest_zero: int | None = None) -> dict:
+def random_linears(
+    grid: Grid, *, seed: int = 0, lowest_zero: int | None = None, signed: bool = False
+) -> dict:
     """Return :class:`Codes` by name."""
     rng = torch.Generator().manual_seed(seed)
     linears = {}
@@ -41,6 +43,8 @@ def random_linears(grid: Grid, *, seed: int = 0, lowest_zero: int | None = None)
         zero_point = torch.zeros_like(zero_point) if grid.symmetric else zero_point
         codes = torch.randint(grid.lowest, grid.highest + 1, (rows, columns), generator=rng)
         scale = torch.rand(rows, groups, generator=rng).to(torch.bfloat16)
+        if signed:
+            scale *= torch.randint(0, 2, scale.shape, generator=rng) * 2 - 1
         linears[name] = Codes(codes.to(torch.int8), scale, zero_point.to(torch.int8), group)
     return linears
 

@@ -40,8 +40,8 @@ class SolverFields(FrozenFields):
             moments. An observer that a scheme or ``weight_observer`` asks for, other than the
             default one, comes before any search.
         signed_scales: let the search make scales negative on symmetric grids, where that puts the
-            code without a counterpart on the side that needs it. Not every program that reads
-            checkpoints takes such scales.
+            code without a counterpart on the side that needs it. Which readers were seen to take
+            such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
     """
 

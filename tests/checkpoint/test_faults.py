@@ -130,9 +130,25 @@ def infinite_norm(path):
     edit(path, "model.norm.weight", poke(float("inf")))
 
 
-@fault("scale-not-positive", where=f"{EXPERT}.gate_proj.weight_scale")
-def negative_scale(path):
+@fault("scale-not-positive", where=f"{EXPERT}.gate_proj.weight_scale", of="asymmetric")
+def negative_scale_beside_zero_points(path):
     edit(path, f"{EXPERT}.gate_proj.weight_scale", poke(-0.01))
+
+
+@fault("scale-not-positive", where=f"{EXPERT}.gate_proj.weight_scale", of="8-bit floats")
+def negative_scale_of_small_floats(path):
+    edit(path, f"{EXPERT}.gate_proj.weight_scale", poke(-0.01))
+
+
+@fault("scale-not-positive", where=f"{EXPERT}.gate_proj.input_scale", of="activations")
+def negative_scale_of_activations(path):
+    with edited_tensors(path) as tensors:
+        tensors[f"{EXPERT}.gate_proj.input_scale"] = torch.tensor([-0.01])
+
+
+@fault("scale-not-positive", where=f"{EXPERT}.gate_proj.weight_scale")
+def denormal_scale(path):
+    edit(path, f"{EXPERT}.gate_proj.weight_scale", poke(-1e-39))
 
 
 @fault("scale-not-positive", where=f"{ATTENTION}.q_proj.weight_scale")
@@ -141,8 +157,8 @@ def zero_scale(path):
 
 
 @fault("scale-not-positive", where=f"{EXPERT}.gate_proj.scales", of="GPTQ format")
-def negative_scale_in_the_gptq_format(path):
-    edit(path, f"{EXPERT}.gate_proj.scales", poke(-0.01))
+def zero_scale_in_the_gptq_format(path):
+    edit(path, f"{EXPERT}.gate_proj.scales", poke(0.0))
 
 
 @fault("group-index", where=f"{EXPERT}.gate_proj.g_idx", of="GPTQ format")

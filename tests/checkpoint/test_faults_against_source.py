@@ -68,6 +68,30 @@ def numbers(of, module, scale="weight_scale", packed="weight_packed"):
         yield Planted(f"{of}: {name}", tensor(where, change), FAR, of=of, source=True)
 
 
+def flipped(where):
+    def change(scale):
+        scale[where] *= -1
+        return scale
+
+    return change
+
+
+def signs(of, module, scale="weight_scale"):
+    """Return the ways in which the signs of one linear's scales may be wrong."""
+    changes = {
+        "the sign of a row flipped": flipped(3),
+        "the sign of one scale flipped": flipped((3, 0)),
+        "the signs of a group of columns flipped": flipped((slice(None), -1)),
+        "all signs flipped": flipped(slice(None)),
+        "every second sign flipped": flipped(slice(None, None, 2)),
+    }
+    if of.startswith("signed"):
+        changes["scales without their signs"] = torch.abs
+    for name, change in changes.items():
+        damage = tensor(f"{module}.{scale}", change)
+        yield Planted(f"{of}: {name}", damage, FAR, of=of, source=True)
+
+
 TWO = (EXPERT, EXPERT.replace(".2", ".3"))
 
 
@@ -123,6 +147,12 @@ NUMBERS = [
     *numbers("8-bit channels", f"{EXPERT}.down_proj"),
     *numbers("asymmetric", DOWN),
     *numbers("GPTQ format", GATE, "scales", "qweight"),
+    *numbers("signed", GATE),
+    *signs("qwen3_moe", GATE),
+    *signs("signed", GATE),
+    *signs("signed, 2 bit", MIXTRAL),
+    *signs("signed, 8 bit", DOWN),
+    *signs("signed, GPTQ format", GATE, "scales"),
     Planted(
         "a group of columns doubled", tensor(f"{GATE}.weight_scale", one_group(2)), FAR, source=True
     ),

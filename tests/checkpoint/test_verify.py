@@ -63,6 +63,17 @@ def test_an_unknown_family_is_judged_by_what_its_experts_have_in_common(sound, t
     assert report.errors[0].where == "model.layers.1.mlp.experts.2"
 
 
+def test_a_lone_negative_scale_is_named_without_the_source_too(sound, tmp_path):
+    """Whoever tries both signs makes many negative: one is more likely a flipped bit."""
+    path = copy_of(sound("qwen3_moe"), tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    with edited_tensors(path) as tensors:
+        tensors[name][3, 0] *= -1
+
+    (found,) = verify_checkpoint(path).findings
+    assert (found.check, found.where, found.severity) == ("scale-sign", name, "warning")
+
+
 @pytest.mark.parametrize("name", ["MoEQuantAWQModifier", "ResidualRotationModifier"])
 def test_weights_that_were_scaled_or_rotated_are_not_held_against_a_checkpoint(name, tmp_path):
     from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier

@@ -38,8 +38,8 @@ def config_of(directory: Path) -> dict:
     return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
-def packed(directory: Path, grid: Grid = W4, **arguments) -> Path:
-    tensors = packed_tensors(random_linears(grid), grid)
+def packed(directory: Path, grid: Grid = W4, signed: bool = False, **arguments) -> Path:
+    tensors = packed_tensors(random_linears(grid, signed=signed), grid)
     return write_checkpoint(directory, tensors, packed_section(grid), **arguments)
 
 
@@ -54,12 +54,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "signed", "asymmetric"])
 @pytest.mark.parametrize("group_size", [16, None], ids=["groups", "channel"])
 @pytest.mark.parametrize("num_bits", WIDTHS)
-def test_both_formats_stand_for_the_same_numbers(num_bits, group_size, symmetric, tmp_path):
-    grid = Grid(num_bits, group_size, symmetric)
-    source = packed(tmp_path / "packed", grid)
+def test_both_formats_stand_for_the_same_numbers(num_bits, group_size, kind, tmp_path):
+    grid = Grid(num_bits, group_size, symmetric=kind != "asymmetric")
+    source = packed(tmp_path / "packed", grid, signed=kind == "signed")
 
     assert convert(source, tmp_path / "gptq", "gptq") == len(LINEARS)
     convert(tmp_path / "gptq", tmp_path / "again", "compressed-tensors")

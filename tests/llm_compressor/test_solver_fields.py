@@ -117,12 +117,13 @@ class TestQuantizing:
         assert (searched != fast).all()
         assert searched.sum() < fast.sum()
 
-    @pytest.mark.parametrize("num_bits", [2, 4])
-    def test_negative_scales_read_right(self, num_bits, tmp_path):
+    @pytest.mark.parametrize("group_size", [16, None], ids=["groups", "channel"])
+    @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+    def test_negative_scales_read_right(self, num_bits, group_size, tmp_path):
         """By compressed-tensors in plain transformers, and by our own loader."""
         model = tiny_model("qwen3_moe", tmp_path / "model")
         modifier = MoEQuantModifier(
-            config_groups=int4(16, num_bits=num_bits),
+            config_groups=int4(group_size, num_bits=num_bits),
             preset="balanced",
             signed_scales=True,
             ignore=["lm_head", "re:.*gate$"],

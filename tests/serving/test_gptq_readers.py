@@ -12,13 +12,16 @@ twenty steps of float16; a wrong expert changes logits by as much as they are.
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from gptq_probe import fingerprint
-from helpers import FAMILIES, dataset, tiny_model, tokens
+from helpers import FAMILIES, dataset, int4, oneshot, tiny_model, tokens
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 GPTQMODEL = ROOT / ".venv-gptq" / "bin" / "python"
@@ -55,6 +58,7 @@ FOR_GPTQMODEL = [
     Case("qwen2_moe", {"bits": 4, "group_size": 32, "sym": False}),
     Case("qwen3_moe", {"bits": 2, "group_size": 32, "format": "gptq_v2"}),
     Case("llama", {"bits": 4, "group_size": -1}),
+    *(Case("qwen3_moe", {"bits": b, "group_size": 32, "signed": True}) for b in (2, 3, 4, 8)),
 ]
 FOR_TRANSFORMERS = [Case("llama", {"bits": 4, "group_size": 32})]
 FOR_AUTOGPTQ = [
@@ -64,6 +68,7 @@ FOR_AUTOGPTQ = [
     Case("llama", {"bits": 4, "group_size": 32}),
     Case("llama", {"bits": 2, "group_size": 32}),
     Case("llama", {"bits": 8, "group_size": -1}),
+    Case("mixtral", {"bits": 4, "group_size": 32, "signed": True}),
 ]
 READERS = {
     "gptqmodel": (GPTQMODEL, FOR_GPTQMODEL, needs_gptqmodel),
@@ -136,16 +141,15 @@ def run_probe(python: Path, reader: str, jobs: dict[str, str]) -> dict[str, dict
 
 
 def quantized(case: Case, directory: Path) -> dict:
-    """Quantize a random model in float16 through Optimum's interface; save; remember."""
+    """Quantize a random model in float16, save it in GPTQ format, remember what it was."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from moeq_plugin.integrations.hf.gptq.names import Names, renamer
-    from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
 
     write_original(case.family, directory / "original")
     model = AutoModelForCausalLM.from_pretrained(directory / "original", dtype=torch.float16)
-    quantizer = MoEGPTQQuantizer(**case.settings, dataset=dataset())
-    quantizer.quantize_model(model)
+    save = quantize_signed if case.settings.get("signed") else quantize_as_optimum
+    save = save(case, model)
     rename = renamer(case.family, Names(case.settings.get("names", "checkpoint")))
     weights = {
         rename(f"{name}.weight").removesuffix(".weight"): fingerprint(module.weight)
@@ -154,9 +158,37 @@ def quantized(case: Case, directory: Path) -> dict:
     }
     with torch.no_grad():
         logits = model(prompts()).logits.float()
-    quantizer.save(model, directory / "gptq")
+    save(directory / "gptq")
     AutoTokenizer.from_pretrained(directory / "original").save_pretrained(directory / "gptq")
     return {"path": directory / "gptq", "weights": weights, "logits": logits}
+
+
+def quantize_as_optimum(case: Case, model: torch.nn.Module) -> Callable[[Path], None]:
+    """Quantize through Optimum's interface; return what saves the model."""
+    from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
+
+    quantizer = MoEGPTQQuantizer(**case.settings, dataset=dataset())
+    quantizer.quantize_model(model)
+    return partial(quantizer.save, model)
+
+
+def quantize_signed(case: Case, model: torch.nn.Module) -> Callable[[Path], None]:
+    """Quantize to scales of both signs; return what saves the model and converts it."""
+    from moeq_plugin import MoEQuantModifier
+    from moeq_plugin.integrations.hf.gptq.convert import convert
+
+    groups = int4(case.settings["group_size"], num_bits=case.settings["bits"])
+    search = {"scale_search": "narrow", "signed_scales": True, "ignore": ["lm_head"]}
+    oneshot(model, MoEQuantModifier(config_groups=groups, **search))
+
+    def save(directory: Path) -> None:
+        packed = directory.with_name("packed")
+        model.save_pretrained(packed)
+        tensors = load_file(packed / "model.safetensors")
+        assert any((t < 0).any() for name, t in tensors.items() if name.endswith("_scale"))
+        convert(packed, directory, "gptq")
+
+    return save
 
 
 def write_original(family: str, directory: Path) -> None:

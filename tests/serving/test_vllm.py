@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 CPUINFO = Path("/proc/cpuinfo")
 AMX = CPUINFO.exists() and "amx_tile" in CPUINFO.read_text()
+AVX512 = CPUINFO.exists() and "avx512f" in CPUINFO.read_text()
 needs_amx = pytest.mark.skipif(not AMX, reason="vLLM's CPU kernels for integer experts need AMX")
 pytestmark = [
     pytest.mark.vllm,
@@ -54,10 +55,12 @@ FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
 ALLOCATED = ["mixtral allocated", "qwen3_moe allocated"]  # layers differ in scheme
 WITH_W8A8 = ["mixtral allocated W8A8", "qwen3_moe allocated W8A8"]
 STACKED = ["mixtral rotated and smoothed", "qwen2_moe rotated and smoothed"]
-CASES = FAMILIES + ALLOCATED + WITH_W8A8 + STACKED
+SIGNED = ["mixtral signed", "mixtral signed W8A8"]  # scales of both signs
+ROUNDS_INPUTS = [*WITH_W8A8, "mixtral signed W8A8"]
+CASES = FAMILIES + ALLOCATED + WITH_W8A8 + STACKED + SIGNED
 
 
-@pytest.mark.parametrize("family", FAMILIES + ALLOCATED + WITH_W8A8)
+@pytest.mark.parametrize("family", FAMILIES + ALLOCATED + WITH_W8A8 + SIGNED)
 def test_every_weight_is_stored_under_its_own_name(family, checkpoints):
     """4 bits leave an error near 0.1 of the weight; another tensor's weight is sqrt(2) away."""
     files = checkpoints[family]
@@ -101,6 +104,14 @@ def test_the_allocated_layers_differ_in_group_size_and_in_being_quantized(case, 
     assert len(scales) == 3  # groups of 64, groups of 128, and none
 
 
+@pytest.mark.parametrize("case", SIGNED)
+def test_the_signed_checkpoints_have_scales_of_both_signs_in_every_linear(case, checkpoints):
+    tensors = load_file(checkpoints[case].quantized / "model.safetensors")
+    scales = {name: scale for name, scale in tensors.items() if name.endswith("weight_scale")}
+    assert scales
+    assert all((scale < 0).any() and (scale > 0).any() for scale in scales.values())
+
+
 @pytest.mark.parametrize("case", WITH_W8A8)
 def test_the_allocator_chose_int4_w8a8_and_16_bit_for_the_experts(case, checkpoints):
     files = checkpoints[case]
@@ -128,7 +139,7 @@ def test_vllm_computes_what_the_checkpoint_stands_for(family, exact, references)
     floor = mean_kl(weights, exact[f"{family} dequantized"]["logprobs"])
     rounded_inputs = mean_kl(reference, weights)  # 0 without W8A8
 
-    assert (rounded_inputs > 1e3 * floor) == (family in WITH_W8A8)
+    assert (rounded_inputs > 1e3 * floor) == (family in ROUNDS_INPUTS)
     distances = kl(reference, exact[family]["logprobs"])
     assert distances.mean() <= 3 * floor + rounded_inputs / 10
     assert distances.quantile(0.25) <= 3 * floor
@@ -146,12 +157,26 @@ def test_stock_kernels_add_no_more_than_8_bit_activations(family, stock, exact, 
     assert mean_kl(reference, stock[family]["logprobs"]) <= 3 * (floor + activations)
 
 
+@pytest.mark.skipif(not AVX512, reason="vLLM's CPU kernel for dense int4 weights needs AVX512")
+def test_the_stock_kernel_for_dense_weights_takes_negative_scales(prompts, tmp_path):
+    """In bfloat16, as it is: what the same values cost as plain weights is the floor."""
+    files = quantized_checkpoint("llama signed", tmp_path)
+    jobs = [job("packed", files.quantized, "bfloat16"), job("plain", files.dequantized, "bfloat16")]
+    results = run_probe(jobs, prompts, emulate=False)
+    reference, _ = reference_logprobs(files, prompts)
+    floor = mean_kl(reference, results["plain"]["logprobs"])
+
+    assert results["packed"]["error"] is None
+    assert mean_kl(reference, results["packed"]["logprobs"]) <= 3 * floor
+
+
 @pytest.mark.parametrize(
     ("damage", "experts"),
     [
         ("swapped experts", {"1.0", "1.1"}),
         ("swapped W8A8 experts", {"3.0", "3.1"}),
         ("doubled scales", {"1.2"}),
+        ("scales without their signs", {"1.2"}),
         ("missing expert", {"1.3"}),
     ],
 )
@@ -306,6 +331,12 @@ def double_scales(tensors: dict[str, torch.Tensor]) -> None:
             tensors[name] *= 2
 
 
+def drop_signs(tensors: dict[str, torch.Tensor]) -> None:
+    for name in of_expert(tensors, 2):
+        if name.endswith("weight_scale"):
+            tensors[name] = tensors[name].abs()
+
+
 def drop_expert(tensors: dict[str, torch.Tensor]) -> None:
     for name in of_expert(tensors, 3):
         del tensors[name]
@@ -321,6 +352,7 @@ DAMAGES = {
     "swapped experts": ("mixtral", swap_experts),
     "swapped W8A8 experts": ("mixtral allocated W8A8", partial(swap_experts, layer=3)),
     "doubled scales": ("mixtral", double_scales),
+    "scales without their signs": ("mixtral signed", drop_signs),
     "missing expert": ("mixtral", drop_expert),
     "missing layer": ("mixtral", drop_layer),
 }

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no .venv-vllm: run `make vllm-env` first"),
 ]
-FAMILIES = ["mixtral", "qwen3_moe"]
+FAMILIES = ["mixtral", "qwen3_moe", "mixtral signed"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
 
     jobs = []
     for family in FAMILIES:
-        root = tmp_path_factory.mktemp(family)
+        root = tmp_path_factory.mktemp(family.replace(" ", "_"))
         packed = quantized_checkpoint(family, root).quantized
         convert(packed, root / "gptq", "gptq")
         # vLLM refuses float32 for this format. Its GPTQ experts have optional biases, which a

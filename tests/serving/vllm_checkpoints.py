@@ -28,6 +28,14 @@ WISHES = {
         "options": ["W4A16", "W4A16_G64", "W8A8", "UNQUANTIZED"],
         "ignore": ["re:.*self_attn.*", "lm_head"],
     },
+    # scales of both signs, as the search finds them
+    "signed": {"scheme": "W4A16", "scale_search": "narrow", "signed_scales": True},
+    "signed W8A8": {
+        "scheme": "W8A8",
+        "scale_search": "narrow",
+        "signed_scales": True,
+        "ignore": ["re:.*self_attn.*", "lm_head"],
+    },
 }
 # How large the experts' outputs are, by layer. W8A8 loses so little that a budget for 16 bit in one
 # layer leaves none at 4, unless errors cost much more in one layer than in another. It gets the
@@ -92,6 +100,7 @@ def tiny_config(family: str):
         "qwen3_moe": experts | {"head_dim": 64},
         "qwen2_moe": experts | {"shared_expert_intermediate_size": 256},
         "olmoe": {"num_experts": 8, "intermediate_size": 128, "eos_token_id": 0},
+        "llama": {"intermediate_size": 256},
     }
     return AutoConfig.for_model(
         family,

@@ -82,6 +82,7 @@ CHECKS = {
     "constant": _REQUANTIZE,
     "saturated": _REQUANTIZE,
     "scale-not-positive": _REQUANTIZE,
+    "scale-sign": "compare with the 16-bit model (--source): a scale may have lost its sign",
     "scale-outlier": "compare with the 16-bit model (--source); a scale is far from all others",
     "magnitude": _REQUANTIZE,
     "dead-rows": _REQUANTIZE,

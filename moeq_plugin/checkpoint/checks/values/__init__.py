@@ -11,6 +11,12 @@ from moeq_plugin.checkpoint.checks.values.floats import check_floats
 from moeq_plugin.checkpoint.checks.values.gptq_tensors import check_gptq_tensors
 from moeq_plugin.checkpoint.checks.values.readable import is_readable
 from moeq_plugin.checkpoint.checks.values.routers import check_routers
+from moeq_plugin.checkpoint.checks.values.scales import (
+    SCALE_DTYPES,
+    SCALES,
+    check_scales,
+    signed_scales,
+)
 from moeq_plugin.checkpoint.codes import can_read
 from moeq_plugin.checkpoint.formats import FLOATS
 from moeq_plugin.checkpoint.layout import Layout
@@ -19,8 +25,14 @@ from moeq_plugin.checkpoint.schemes import GPTQ_FORMS
 
 def check_values(layout: Layout) -> Iterator[Finding]:
     """Yield what is wrong with numbers; reads the whole checkpoint, one tensor at a time."""
+    signed = signed_scales(layout)
     for tensor in layout.checkpoint.tensors.values():
-        if tensor.dtype in {*FLOATS, "F64"} and can_read(tensor):
+        if not can_read(tensor):
+            continue
+        if tensor.name.rpartition(".")[2] in SCALES:
+            if tensor.dtype in SCALE_DTYPES:
+                yield from check_scales(tensor, may_be_signed=tensor.name in signed)
+        elif tensor.dtype in {*FLOATS, "F64"}:
             yield from check_floats(tensor, layout.architecture.family)
     for linear in layout.present():
         scheme = layout.stored[linear.name]

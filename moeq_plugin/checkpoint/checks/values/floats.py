@@ -6,13 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
+from moeq_plugin.checkpoint.checks.findings import Finding, error
 from moeq_plugin.checkpoint.codes import pieces, read_tensor
 from moeq_plugin.checkpoint.headers import StoredTensor
 
-SCALES = ("weight_scale", "scales")
-_OUTLIER = 1e4  # times the median scale of the weight
-_SCALE_RANGE = (1e-12, 1e4)  # of the median
 _LARGEST, _SMALLEST = 1e8, 1e-20  # of any weight, of the largest one of a tensor
 _DEAD_SHARE = 1 / 8  # of rows or columns; vocabularies are padded with fewer
 _DEAD = 1e-6  # beside nearly the largest row
@@ -22,7 +19,7 @@ _CENTERED_AT_ZERO = ("gemma", "qwen3_next", "qwen3_5")
 
 
 def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
-    """Yield what is wrong with a tensor of floats.
+    """Yield what is wrong with a tensor of floats that are no scales.
 
     Args:
         tensor: a whole one.
@@ -34,14 +31,6 @@ def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
     if not found.is_finite:
         yield error("non-finite", tensor.name, "NaN or infinity")
         return
-    suffix = tensor.name.rpartition(".")[2]
-    if suffix in SCALES:
-        yield from _check_scales(tensor, found)
-    else:
-        yield from _check_weights(tensor, found, family)
-
-
-def _check_weights(tensor: StoredTensor, found: _Sizes, family: str) -> Iterator[Finding]:
     largest = max(abs(found.low), abs(found.high)) if found.rows else 0.0
     if largest > _LARGEST or 0 < largest < _SMALLEST:
         yield error("magnitude", tensor.name, f"the largest element is {largest:.3g}")
@@ -58,19 +47,6 @@ def _check_weights(tensor: StoredTensor, found: _Sizes, family: str) -> Iterator
         zeros = int((read_tensor(tensor) == 0).sum())
         if zeros > tensor.shape[0] * _DEAD_SHARE:
             yield error("zeroed", tensor.name, f"{zeros} of {tensor.shape[0]} elements are zero")
-
-
-def _check_scales(tensor: StoredTensor, found: _Sizes) -> Iterator[Finding]:
-    if found.low <= 0:
-        yield error("scale-not-positive", tensor.name, f"smallest scale {found.low:.4g}")
-        return
-    median = float(read_tensor(tensor).float().median())
-    if not _SCALE_RANGE[0] <= median <= _SCALE_RANGE[1] or found.high > _LARGEST:
-        what = f"median {median:.4g}, largest {found.high:.4g}: no weight has such scales"
-        yield error("magnitude", tensor.name, what)
-    elif len(tensor.shape) == 2 and found.high > _OUTLIER * median:
-        what = f"largest {found.high:.4g}, median {median:.4g}"
-        yield warning("scale-outlier", tensor.name, what)
 
 
 def _is_norm(name: str) -> bool:
