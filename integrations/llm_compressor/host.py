@@ -310,12 +310,14 @@ def solve_with_host(
     modifier.compress_module_list([linear])  # type: ignore[no-untyped-call] # the host's
 
 
-def replace_saving(model: PreTrainedModel, save: Callable[..., None]) -> None:
-    """Let ``save`` be the model's ``save_pretrained``, as the host has replaced it before.
+def replace_saving(
+    model: PreTrainedModel, save: Callable[..., None], push: Callable[..., str]
+) -> None:
+    """Let these be the model's ``save_pretrained``, as the host replaced it, and ``push_to_hub``.
 
     Upstream would have to tell modifiers when a checkpoint has been written, and where.
     """
-    setattr(model, "save_pretrained", save)  # noqa: B010 - of this model, not of its class
+    vars(model).update(save_pretrained=save, push_to_hub=push)  # of this model, not of its class
 
 
 @contextlib.contextmanager

@@ -12,15 +12,17 @@ from moeq_plugin.files.lock import LOCK_FILE, InUseError, held_directory
 RUN_FILE = "run.json"
 TEXT_FILE = "ebss.jsonl"  # a calibration set that the model has written
 TABLE_FILE = "moeq_sensitivity.json"
+LAYERS, MEASURED, GRADIENTS = "layer", "measured", "gradients"  # kinds of parts
 _TABLE = rf"{re.escape(TABLE_FILE)}(\.sha256)?"  # and its digest
-_KEPT = rf"layer-\d{{5}}\.safetensors|{_TABLE}|ebss\.jsonl|ebss\.manifest\.json"
+_PARTS = rf"({LAYERS}|{MEASURED}|{GRADIENTS})-\d{{5}}\.safetensors"
+_KEPT = rf"{_PARTS}|{_TABLE}|ebss\.jsonl|ebss\.manifest\.json"
 _OURS = rf"{_KEPT}|{re.escape(RUN_FILE)}"
 _LOCKS = {LOCK_FILE, f".{TEXT_FILE}.lock"}
 
 
-def layer_name(number: int) -> str:
-    """Return the name of the file with a quantized layer."""
-    return f"layer-{number:05d}.safetensors"
+def part_name(kind: str, number: int) -> str:
+    """Return the name of a file with what a run has finished at once."""
+    return f"{kind}-{number:05d}.safetensors"
 
 
 def holds_progress(directory: Path) -> bool:

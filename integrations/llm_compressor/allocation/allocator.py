@@ -15,9 +15,11 @@ from torch import nn
 
 from moeq_plugin.core.allocation import Allocation, allocate_bits
 from moeq_plugin.core.sensitivity import SensitivityTable
-from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.decision import Decision
+from moeq_plugin.integrations.llm_compressor.allocation.kept_measurements import (
+    KeptMeasurements,
+)
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import (
     SensitivityModifier,
@@ -105,21 +107,23 @@ class BitAllocator:
         """Return the choice by name; raises as :attr:`decision` does."""
         return self.decision.allocation
 
-    def measure(self, modifier: SensitivityModifier, state: State, kept: SealedFile | None) -> None:
+    def measure(
+        self, modifier: SensitivityModifier, state: State, kept: KeptMeasurements | None
+    ) -> None:
         """Measure sensitivities on the calibration data and choose.
 
         Args:
             modifier: what measures, rounding as the result will be rounded.
             state: the host's.
-            kept: where the table is kept once it has been measured, and found if it was.
+            kept: where what is measured is kept, and found if it was.
         """
         # files appear whole: one that is there is a table that was finished, of this very run
-        if kept is not None and kept.is_there():
-            self._solve(SensitivityTable.load(kept.path))
+        if kept is not None and kept.table.is_there():
+            self._solve(SensitivityTable.load(kept.table.path))
             return
-        table = measure_sensitivity(modifier, state)
+        table = measure_sensitivity(modifier, state, kept)
         if kept is not None and is_source_process():
-            kept.write(table.save)
+            kept.table.write(table.save)
         self._solve(table)
 
     def config_groups(self) -> tuple[dict[str, QuantizationScheme], list[str]]:

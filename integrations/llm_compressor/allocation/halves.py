@@ -38,7 +38,7 @@ class Halves:
     Args:
         watch: hears of the batches.
         domains: that there are; each is halved by itself.
-        names: the linears to observe, and their names.
+        names: the linears and their names.
         affinity_power: of the half that rounds, as for quantization.
         weight_gate_proj: as for quantization.
         seed: of the token samples.
@@ -66,22 +66,28 @@ class Halves:
         self.domains = domains
         self.rounding = calibration(Part(watch, half=0, before=domains.before), affinity_power)
         self._names: dict[nn.Module, str] = dict(names.items())
-        self._linears = list(names)
         parts = [
             Part(watch, half=1, domain=number, before=domains.before) for number in domains.numbers
         ]
         self._held_out = [_HeldOut(part, calibration(part, _JUDGING_POWER)) for part in parts]
 
-    def attach(self, model: nn.Module, layers: list[MoELayer], register_hook: RegisterHook) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        linears: list[nn.Linear],
+        register_hook: RegisterHook,
+    ) -> None:
         """Register the hooks that accumulate second moments.
 
         Args:
             model: the model that will run.
             layers: its MoE layers.
+            linears: which of the linears to observe.
             register_hook: the host's ``Modifier.register_hook``.
         """
         for calibration in self._calibrations():
-            calibration.attach(model, layers, self._linears, register_hook)
+            calibration.attach(model, layers, linears, register_hook)
 
     def share_out(self) -> dict[str, int]:
         """Add up what all ranks have seen; return which of them rounds and judges each linear."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
-from compressed_tensors.distributed import is_distributed
+from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.offload import disable_offloading
+from loguru import logger
 from torch import distributed, nn
 
-from moeq_plugin.core.sensitivity import SensitivityTable
+from moeq_plugin.core.sensitivity import LayerInteraction, SensitivityTable
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.halves import Halves
 from moeq_plugin.integrations.llm_compressor.allocation.interactions import Interactions
@@ -20,6 +21,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import (
 )
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
 from moeq_plugin.integrations.llm_compressor.calibration.observations import RegisterHook
+from moeq_plugin.integrations.llm_compressor.kept_parts import KeptParts
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.progress import layer_progress, report_progress
 
@@ -38,6 +40,7 @@ class Measurement:
         row_weights: ``[out]`` mean squared gradients of each linear, or ``None``; see
             :class:`HeldOutLoss`.
         undercovered_tokens: a linear with fewer effective tokens is undercovered.
+        kept: where measured layers are kept and found again, ``None`` for nowhere.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Measurement:
         row_weights: Mapping[nn.Linear, torch.Tensor] | None,
         *,
         undercovered_tokens: float,
+        kept: KeptParts | None,
     ) -> None:
         self._choices, self._halves, self._rounding = choices, halves, rounding
         self._interactions, self._row_weights = interactions, row_weights
         self._undercovered_tokens = undercovered_tokens
         self._undercovered: set[str] = set()  # names
         self._losses = MeasuredLosses(choices, len(halves.domains.numbers))
+        self._kept = kept
 
     def begin(self, model: nn.Module, layers: list[MoELayer], register_hook: RegisterHook) -> None:
         """Register the hooks that observe the pass.
@@ -64,11 +69,15 @@ class Measurement:
             layers: its MoE layers.
             register_hook: the host's ``Modifier.register_hook``.
         """
-        self._halves.attach(model, layers, register_hook)
+        self._restore()  # before hooks are registered: what is measured gets none
+        pending = set(self._losses.pending())
+        linears = [linear for linear, name in self._choices.names.items() if name in pending]
+        self._halves.attach(model, layers, linears, register_hook)
 
     def finish_layer(self) -> None:
         """Round and judge the linears that were called since the last layer."""
         rounding, names = self._halves.rounding, self._choices.names
+        before, found_before = set(self._losses.by_name), set(self._interactions.found)
         # each rank rounds and judges its share; those of other ranks are gone from `rounding` then
         owners = self._halves.share_out() if is_distributed() else None
         with torch.no_grad(), disable_offloading():
@@ -88,6 +97,9 @@ class Measurement:
             # after the exchange: an expert's error needs the weights of all experts, on every rank
             self._interactions.measure(self._halves.first_judging, rounded, self._row_weights)
         self._halves.clear_layer()
+        self._keep(
+            self._losses.by_name.keys() - before, self._interactions.found.keys() - found_before
+        )
         report_progress(layer_progress("measure", self._losses.by_name, self._losses.pending()))
 
     def table(self) -> SensitivityTable:
@@ -98,6 +110,33 @@ class Measurement:
             undercovered=self._undercovered,
             interactions=self._interactions.found,
         )
+
+    def _keep(self, measured: Set[str], interacting: Set[str]) -> None:
+        """Write what was found of a layer.
+
+        Args:
+            measured: names of its linears, none if no batch has called any.
+            interacting: names of the MoE layers whose interactions were found.
+        """
+        if self._kept is None or not measured or not is_source_process():
+            return
+        losses = {name: torch.from_numpy(self._losses.by_name[name]) for name in sorted(measured)}
+        about = {
+            "undercovered": sorted(self._undercovered & measured),
+            "interactions": {name: vars(self._interactions.found[name]) for name in interacting},
+        }
+        self._kept.keep(about, losses)
+
+    def _restore(self) -> None:
+        """Take over what an earlier process has measured."""
+        for about, losses in self._kept or ():
+            self._losses.by_name |= {name: of.numpy() for name, of in losses.items()}
+            self._undercovered |= set(about["undercovered"])
+            self._interactions.found |= {
+                name: LayerInteraction(**of) for name, of in about["interactions"].items()
+            }
+        if self._losses.by_name:
+            logger.info(f"losses of {len(self._losses.by_name)} linears taken over")
 
     def _judge(self, moments: Sequence[GuardedMoments]) -> dict[nn.Linear, list[torch.Tensor]]:
         """Fill in the losses of a layer.

@@ -25,6 +25,9 @@ from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.domains import Domains
 from moeq_plugin.integrations.llm_compressor.allocation.halves import Halves
 from moeq_plugin.integrations.llm_compressor.allocation.interactions import Interactions
+from moeq_plugin.integrations.llm_compressor.allocation.kept_measurements import (
+    KeptMeasurements,
+)
 from moeq_plugin.integrations.llm_compressor.allocation.measurement import Measurement
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
 from moeq_plugin.integrations.llm_compressor.allocation.row_weights import measure_row_weights
@@ -94,6 +97,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
     _choices: Choices = PrivateAttr()
     _measurement: Measurement = PrivateAttr()
     _table: SensitivityTable | None = PrivateAttr(default=None)
+    _kept: KeptMeasurements | None = PrivateAttr(default=None)  # None to keep nothing
     _undo: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @property
@@ -184,27 +188,37 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
             Interactions(self._layers if self.config.interactions else ()),
             row_weights,
             undercovered_tokens=self.config.undercovered_tokens,
+            kept=self._kept.layers if self._kept is not None else None,
         )
 
     def _row_weights(self, state: State) -> dict[nn.Linear, torch.Tensor]:
-        logger.info("sensitivity: one backward pass per calibration batch")
-        return measure_row_weights(
-            state.model,
-            _calibration_data(state),
-            self._choices.names,
-            self._layers,
-            config=self.config,
-            seed=self.seed,
-        )
+        def measure() -> dict[nn.Linear, torch.Tensor]:
+            logger.info("sensitivity: one backward pass per calibration batch")
+            return measure_row_weights(
+                state.model,
+                _calibration_data(state),
+                self._choices.names,
+                self._layers,
+                config=self.config,
+                seed=self.seed,
+            )
+
+        if self._kept is None:
+            return measure()
+        return self._kept.row_weights(self._choices.names, measure)
 
 
-def measure_sensitivity(modifier: SensitivityModifier, state: State) -> SensitivityTable:
+def measure_sensitivity(
+    modifier: SensitivityModifier, state: State, kept: KeptMeasurements | None
+) -> SensitivityTable:
     """Run a modifier through the calibration data, inside a oneshot that does something else.
 
     Args:
         modifier: not initialized yet.
         state: the host's, with model and data.
+        kept: where what is measured is kept, and found if an earlier process has measured it.
     """
+    modifier._kept = kept
     # as the host would, had it stood in the recipe; the host refuses events to one that it does
     # not take for initialized
     modifier.initialize(state)

@@ -47,6 +47,10 @@ _PROCESSORS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+_UPLOAD = (
+    "Save to a directory, then upload it: huggingface_hub.upload_folder(repo_id=..., "
+    "folder_path=...)"
+)
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -129,8 +133,20 @@ def _write_on_save(
             # last: it reads what the others wrote
             save_model_card(records, directory, published=wanted)
 
+    push_to_hub = model.push_to_hub
+
+    @wraps(push_to_hub)
+    def push(*args: Any, **kwargs: Any) -> str:
+        if any(record.run for record, _ in noted):
+            raise ValueError(
+                "push_to_hub replaces the model card that describes the quantization by one of its "
+                f"own. {_UPLOAD}"
+            )
+        pushed: str = push_to_hub(*args, **kwargs)
+        return pushed
+
     save._moeq_noted = noted  # type: ignore[attr-defined]
-    replace_saving(model, save)
+    replace_saving(model, save, push)
 
 
 def _check_saving(model: PreTrainedModel, asked: Mapping[str, Any]) -> None:
@@ -152,8 +168,7 @@ def _check_saving(model: PreTrainedModel, asked: Mapping[str, Any]) -> None:
     if asked.get("push_to_hub"):
         raise ValueError(
             "push_to_hub=True uploads before quantization_config, moeq_run.json and the model card "
-            "are written. Save to a directory, then upload it: huggingface_hub.upload_folder("
-            "repo_id=..., folder_path=...)"
+            f"are written. {_UPLOAD}"
         )
     if not asked.get("save_compressed", True) and find_moe_layers(model):
         raise ValueError(UNCOMPRESSED)

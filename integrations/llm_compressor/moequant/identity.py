@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeq_plugin.integrations.llm_compressor.kept_parts import tensor_digest
+
 _MAX_THREADS = 8  # hashing lets go of the interpreter's lock
 
 
@@ -23,14 +25,6 @@ def model_digest(model: nn.Module) -> str:
         digest = hashlib.sha256()
         for (name, _), of_tensor in zip(tensors, digests, strict=True):
             digest.update(f"{name} {of_tensor}\n".encode())
-    return digest.hexdigest()
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """Return a digest of a tensor: shape, type and all bytes."""
-    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    flat = tensor.detach().flatten().contiguous().cpu()
-    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -130,8 +130,8 @@ class MoEQuantModifier(RoutedModifier):
             # only now are the data known, in a run that wrote them itself too
             self._kept_state.begin(state.data.calib)
         if self._allocator is not None and not self._allocator.is_decided:
-            table = self._kept_state.table if self._kept_state is not None else None
-            self._allocator.measure(self.sensitivity_modifier(), state, table)
+            kept = self._kept_state.measurements if self._kept_state is not None else None
+            self._allocator.measure(self.sensitivity_modifier(), state, kept)
             # the host is about to run the pass: schemes have to be there before hooks look at them
             self._attach(state)
         super()._begin_pass(state)

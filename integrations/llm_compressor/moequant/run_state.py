@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,32 @@ from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import update_offload_parameter
 from torch import nn
 
-from moeq_plugin.files.atomic import write_whole
 from moeq_plugin.files.lock import held_directory
 from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.files.work_dir import (
+    GRADIENTS,
+    LAYERS,
+    MEASURED,
     RUN_FILE,
     TABLE_FILE,
     TEXT_FILE,
     check_work_dir,
     holds_progress,
-    layer_name,
     remove_partial,
 )
+from moeq_plugin.integrations.llm_compressor.allocation.kept_measurements import (
+    KeptMeasurements,
+)
 from moeq_plugin.integrations.llm_compressor.calibration.ranks import gather
+from moeq_plugin.integrations.llm_compressor.kept_parts import KeptParts
 from moeq_plugin.integrations.llm_compressor.moequant.identity import data_digest
-from moeq_plugin.integrations.llm_compressor.moequant.kept_layer import KeptLayer
 from moeq_plugin.integrations.llm_compressor.moequant.run_file import (
     read_run,
     run_digest,
     write_run,
 )
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
-from moeq_plugin.records.run import LinearRecord
+from moeq_plugin.records.run import Basis, LinearRecord
 
 
 class RunState:
@@ -52,14 +57,19 @@ class RunState:
     Attributes:
         path: of the directory.
         text: where a calibration set that the model writes itself is kept.
-        table: where measured sensitivities are kept.
+        measurements: where sensitivities are kept while they are measured.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path).absolute()
         self.text = self.path / TEXT_FILE
-        self.table = SealedFile(self.path / TABLE_FILE)
         self._run = dict(run)
+        self._layers = KeptParts(self.path, LAYERS, self._digest)
+        self.measurements = KeptMeasurements(
+            gradients=KeptParts(self.path, GRADIENTS, self._digest),
+            layers=KeptParts(self.path, MEASURED, self._digest),
+            table=SealedFile(self.path / TABLE_FILE),
+        )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -118,20 +128,12 @@ class RunState:
             OSError: if it cannot be written; nothing kept before is lost.
         """
         tensors = {
-            f"{record.name}.{parameter}": tensor.detach().contiguous().cpu()
+            f"{record.name}.{parameter}": tensor
             for record in records
             for parameter, tensor in modules[record.name].named_parameters(recurse=False)
             if parameter != "bias"  # which quantizing leaves alone
         }
-        layer, number = KeptLayer(records, tensors), len(self._layers())
-        path = self._layer_path(number)
-        try:
-            write_whole(path, lambda new: layer.write(new, self._place(number)))
-        except Exception as error:
-            raise OSError(
-                f"cannot keep the state of {len(records)} linears in {path}: {error}. What was "
-                "kept before is sound: make room or give access, and run the same again"
-            ) from error
+        self._layers.keep([asdict(record) for record in records], tensors)
 
     def restore(self, modules: Mapping[str, nn.Module]) -> list[LinearRecord]:
         """Put everything that was kept into the modules; return the records in their order.
@@ -142,41 +144,15 @@ class RunState:
         Raises:
             ValueError: if a file is not what was kept.
         """
-        paths = self._layers()
-        missing = [path for number, path in enumerate(paths) if path != self._layer_path(number)]
-        if missing:
-            gone = self._layer_path(paths.index(missing[0]))
-            raise ValueError(f"{gone} is not there any more; delete {self.path} to start anew")
         records = []
-        for number in range(len(paths)):
-            layer = self._read_layer(number, modules)
-            records += layer.records
-            for key, tensor in layer.tensors.items():
+        for entries, tensors in self._layers:
+            records += [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in entries]
+            for key, tensor in tensors.items():
                 name, _, parameter = key.rpartition(".")
                 mark_changed(modules[name])
                 update_offload_parameter(modules[name], parameter, tensor)
         return records
 
-    def _read_layer(self, number: int, modules: Mapping[str, nn.Module]) -> KeptLayer:
-        path = self._layer_path(number)
-        try:
-            layer = KeptLayer.read(path, self._place(number))
-            for key in layer.tensors:
-                name, _, parameter = key.rpartition(".")
-                modules[name].get_parameter(parameter)
-        except Exception as error:  # it was whole when it appeared, so somebody changed it since
-            raise ValueError(
-                f"{path} was changed after it had been kept ({error}); delete {self.path} to start "
-                "anew"
-            ) from error
-        return layer
-
-    def _layer_path(self, number: int) -> Path:
-        return self.path / layer_name(number)
-
-    def _place(self, number: int) -> str:
-        """Return what a layer belongs to: this run, as its so manieth."""
-        return f"{number} {run_digest(json.loads(json.dumps(self._run)))}"
-
-    def _layers(self) -> list[Path]:
-        return sorted(self.path.glob("layer-*.safetensors"))
+    def _digest(self) -> str:
+        """Return what belongs to this run and to no other."""
+        return run_digest(json.loads(json.dumps(self._run)))

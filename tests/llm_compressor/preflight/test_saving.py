@@ -1,6 +1,8 @@
 """What could not be saved, or read by anybody, is refused before it is calibrated."""
 
+import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from helpers import dataset, int4, logits, oneshot, tiny_model
 
 pytest.importorskip("llmcompressor")
 
+from huggingface_hub import CommitInfo, HfApi, ModelCard, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
@@ -50,6 +54,59 @@ def test_an_upload_before_the_files_are_there(model, tmp_path):
     with pytest.raises(ValueError, match=r"push_to_hub=True uploads before.*upload_folder"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with an empty repository: what is uploaded to it, by name."""
+    uploaded = {}
+
+    def create_commit(self, *, operations, **_):
+        for new in operations:
+            with new.as_file() as file:
+                uploaded[new.path_in_repo] = file.read()
+        return CommitInfo("https://huggingface.co/us/it/commit/1", "", "", "1")
+
+    def no_card(*_, **__):
+        raise EntryNotFoundError("no README.md")
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="us/it"))
+    monkeypatch.setattr(ModelCard, "load", no_card)
+    monkeypatch.setattr(ModelCard, "validate", lambda *_, **__: None)  # asks the hub as well
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)
+    return uploaded
+
+
+def test_an_upload_that_would_replace_the_model_card(model, hub, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    plain.push_to_hub("us/it")
+    assert b"automatically generated" in hub["README.md"]  # what it makes of a card
+    hub.clear()
+
+    oneshot(model, recipe(), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"push_to_hub replaces the model card.*upload_folder"):
+        model.push_to_hub("us/it")
+    assert hub == {}
+    # what the message says to upload instead holds all of it, and the call takes these arguments
+    inspect.signature(upload_folder).bind(repo_id="us/it", folder_path=tmp_path / "out")
+    saved = {path.name: path.read_text(errors="replace") for path in (tmp_path / "out").iterdir()}
+    assert {"moeq_run.json", "recipe.yaml", "model.safetensors"} <= saved.keys()
+    assert "moeq" in saved["README.md"]
+    assert "quantization_config" in json.loads(saved["config.json"])
+
+
+def test_a_model_that_no_run_has_changed_is_uploaded_as_ever(model, hub):
+    handle = model.model.layers[0].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        oneshot(model, recipe())
+    handle.remove()
+    model.push_to_hub("us/it")
+    assert {"README.md", "config.json", "model.safetensors"} <= hub.keys()
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_experts_in_16_bit_beside_quantized_attention_are_lost_to_transformers(model, tmp_path):
