@@ -16,13 +16,14 @@ class Preset(StrEnum):
     """A set of fields under one name."""
 
     FAST = "fast"  # GPTQ on the observer's scales
-    BALANCED = "balanced"  # what was measured to help on every model, without a second stream
+    BALANCED = "balanced"  # what was measured to help on every model, from second moments alone
 
 
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.FAST: {},
     Preset.BALANCED: {
         "scale_search": ScaleSearch.NARROW,
+        "signed_scales": True,
         "refine_rounds": 2,
         "dampening_frac": 0.05,
     },
@@ -34,7 +35,8 @@ class SolverFields(FrozenFields):
 
     Args:
         preset: fills in fields that are not given: ``balanced`` means ``scale_search="narrow"``,
-            ``refine_rounds=2`` and ``dampening_frac=0.05``.
+            ``signed_scales=True``, ``refine_rounds=2`` and ``dampening_frac=0.05``; ``fast``
+            means the defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
             within 20 % of the range, ``conditional`` and ``group`` in a wide range by the second
             moments. An observer that a scheme or ``weight_observer`` asks for, other than the
@@ -45,7 +47,7 @@ class SolverFields(FrozenFields):
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
     """
 
-    preset: Preset = Preset.FAST
+    preset: Preset = Preset.BALANCED
     scale_search: ScaleSearch = ScaleSearch.GIVEN
     signed_scales: bool = False
     refine_rounds: int = Field(default=0, ge=0)
@@ -58,7 +60,11 @@ class SolverFields(FrozenFields):
     def _fill_in_preset(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {**PRESETS.get(given.get("preset", Preset.FAST), {}), **given}
+        preset = given.get("preset", cls.model_fields["preset"].default)
+        fields = {**PRESETS.get(preset, {}), **given}
+        if fields.get("scale_search") == ScaleSearch.GIVEN and "signed_scales" not in given:
+            fields["signed_scales"] = False  # signs are found by a search
+        return fields
 
     @model_validator(mode="after")
     def _check_solver(self) -> SolverFields:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # The plainest kernels of each library round alike on most processors.
@@ -61,16 +62,17 @@ def recipe(case: str) -> list:
     kept = ["lm_head", "re:.*gate$"]
     options = ["W2A16", "W3A16", "W4A16"]
     own_text = {"num_sequences": 8, "seq_len": 64, "seed": 3}
+    fast = partial(MoEQuantModifier, preset="fast")  # the solver of that commit
     made = {
-        "w4": lambda: [MoEQuantModifier(scheme="W4A16")],
-        "w3": lambda: [MoEQuantModifier(scheme="W3A16", affinity_power=2)],
-        "budget": lambda: [MoEQuantModifier(bits_per_weight=3.0, options=options)],
+        "w4": lambda: [fast(scheme="W4A16")],
+        "w3": lambda: [fast(scheme="W3A16", affinity_power=2)],
+        "budget": lambda: [fast(bits_per_weight=3.0, options=options)],
         "awq": lambda: [
             MoEQuantAWQModifier(clip=True),
             QuantizationModifier(scheme="W4A16", ignore=kept),
         ],
-        "rotation": lambda: [ResidualRotationModifier(), MoEQuantModifier(scheme="W4A16")],
-        "own_text": lambda: [MoEQuantModifier(scheme="W4A16", ebss=own_text)],
+        "rotation": lambda: [ResidualRotationModifier(), fast(scheme="W4A16")],
+        "own_text": lambda: [fast(scheme="W4A16", ebss=own_text)],
         "codebooks": lambda: [RWKVQuantModifier(scalar_frac=0.9)],
         "scalar_fallback": lambda: [RWKVQuantModifier(fallback_scheme={"num_bits": 4})],
     }

@@ -14,6 +14,7 @@ from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier, SensitivityTable
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.integrations.llm_compressor.solver_fields import PRESETS, Preset
 from moeq_plugin.records.run import RunRecord
@@ -35,7 +36,12 @@ def quantized(directory, **fields):
 class TestPresets:
     def test_a_preset_fills_in_what_is_not_given(self):
         assert fields_of(MoEQuantModifier(preset="balanced")) == PRESETS[Preset.BALANCED]
-        assert fields_of(MoEQuantModifier()) == fields_of(MoEQuantModifier(preset="fast"))
+        assert fields_of(MoEQuantModifier()) == PRESETS[Preset.BALANCED]
+        plain = MoEQuantModifier(preset="fast").solver_options()
+        assert plain == SolverOptions(dampening_frac=0.01) and plain.is_plain
+
+    def test_who_asks_for_no_search_gets_no_signs(self):
+        assert not MoEQuantModifier(scale_search="given").signed_scales
 
     @pytest.mark.parametrize(
         "given",
@@ -44,6 +50,8 @@ class TestPresets:
     )
     def test_what_is_given_wins_even_where_it_is_a_default(self, given):
         expected = {**PRESETS[Preset.BALANCED], **given}
+        if given == {"scale_search": "given"}:
+            expected["signed_scales"] = False
         found = fields_of(MoEQuantModifier(preset="balanced", **given))
         assert {name: found[name] for name in expected if name in found} == {
             name: expected[name] for name in found
@@ -70,7 +78,7 @@ class TestPresets:
             ({"preset": "quick"}, "preset"),
             ({"scale_search": "wider"}, "scale_search"),
             ({"refine_rounds": -1}, "refine_rounds"),
-            ({"signed_scales": True}, "needs a scale search"),
+            ({"preset": "fast", "signed_scales": True}, "needs a scale search"),
         ],
     )
     def test_refuses(self, fields, message):
@@ -80,8 +88,8 @@ class TestPresets:
 
 class TestQuantizing:
     def test_the_narrow_search_finds_what_the_hosts_observer_finds(self, tmp_path):
-        ours = quantized(tmp_path / "ours", scale_search="narrow")
-        theirs = quantized(tmp_path / "theirs", weight_observer="memoryless_mse")
+        ours = quantized(tmp_path / "ours", preset="fast", scale_search="narrow")
+        theirs = quantized(tmp_path / "theirs", preset="fast", weight_observer="memoryless_mse")
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
     def test_an_observer_that_was_asked_for_comes_before_a_search(self, tmp_path):
@@ -91,7 +99,7 @@ class TestQuantizing:
         assert all(torch.equal(searching[name], tensor) for name, tensor in plain.items())
 
     def test_a_refinement_loses_less_in_every_linear(self, tmp_path):
-        searched = {"scale_search": "narrow"}
+        searched = {"preset": "fast", "scale_search": "narrow"}
         quantized(tmp_path / "plain", **searched)
         quantized(tmp_path / "refined", **searched, refine_rounds=2)
         plain, refined = (
@@ -112,7 +120,7 @@ class TestQuantizing:
             shutil.rmtree(tmp_path / "out")
             return table.loss
 
-        fast, searched = losses("fast"), losses("searched", scale_search="group")
+        fast, searched = losses("fast", preset="fast"), losses("searched")
 
         assert (searched != fast).all()
         assert searched.sum() < fast.sum()
@@ -124,8 +132,6 @@ class TestQuantizing:
         model = tiny_model("qwen3_moe", tmp_path / "model")
         modifier = MoEQuantModifier(
             config_groups=int4(group_size, num_bits=num_bits),
-            preset="balanced",
-            signed_scales=True,
             ignore=["lm_head", "re:.*gate$"],
         )
         out = tmp_path / "out"

@@ -29,6 +29,7 @@ from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
     stored_bits_per_weight,
     weights_of_scheme,
 )
+from moeq_plugin.integrations.llm_compressor.solver_fields import Preset
 
 W3_GROUP_64 = {"num_bits": 3, "symmetric": False, "group_size": 64}  # the paper's scalar grid
 _BUDGET = (
@@ -93,6 +94,7 @@ class RWKVQuantModifier(RoutedModifier):
         refine_steps: see :func:`moeq_plugin.core.codebook_solver.solve_codebook`.
     """
 
+    preset: Preset = Preset.FAST  # codebooks have no scales to search
     scalar_frac: float = Field(default=0.9, ge=0, le=1)
     thresholds: tuple[float, float] | None = None
     gaps: Gaps = "quantile"
