@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "core": Rule(words("torch numpy scipy"), words("untrusted")),
     "core/names": Rule(),
     "models": Rule(words("torch"), words("core")),
+    "models/auto_class": Rule(words("transformers"), words("models")),  # its classes are the matter
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
     # a checkpoint is judged by its headers; only these look at what tensors hold
     "checkpoint": Rule(rooms=words("checkpoint untrusted"), pure_rooms=words("core")),
