@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,7 +97,7 @@ def lay_out(checkpoint: Checkpoint, architecture: Architecture | None = None) ->
         is_known = config.family in FAMILIES and not config.is_part
         architecture = architecture_of(config) if is_known else infer_architecture(config, modules)
     schemes = read_schemes(checkpoint.config)
-    lookup = Lookup(schemes, config.family)
+    lookup = Lookup(schemes, config.family, None if architecture.is_known else _spelled(modules))
     _check_size(lookup.num_patterns, len(architecture.linears))
     laid_out = Layout(checkpoint, architecture, schemes, lookup, modules, {})
     for linear in architecture.linears.values():
@@ -106,6 +106,11 @@ def lay_out(checkpoint: Checkpoint, architecture: Architecture | None = None) ->
             declared = laid_out.declared(linear)
             laid_out.stored[linear.name] = stored_scheme(found, linear.shape, declared)
     return laid_out
+
+
+def _spelled(modules: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, str]:
+    """Return what the file calls modules, by canonical name."""
+    return {m: split_tensor(next(iter(of.values())).name)[0] for m, of in modules.items()}
 
 
 def _check_size(num_patterns: int, num_linears: int) -> None:

@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 def build(checkpoint: Checkpoint) -> Architecture:
     """Return what a model consists of; llm-compressor is imported only for models that need it."""
-    from moeq_plugin.integrations.llm_compressor.checkpoint.as_built import build_architecture
+    from moeq_plugin.integrations.llm_compressor.preflight.as_built import build_architecture
 
     return build_architecture(checkpoint)

@@ -51,7 +51,7 @@ def load_weights(
         config: another one than its own.
 
     Raises:
-        ValueError: if it cannot be loaded, whatever the reason.
+        ValueError: if it cannot be loaded, whatever the reason, or not as a whole.
     """
     from transformers import AutoConfig
 
@@ -60,7 +60,9 @@ def load_weights(
     with loading(model):
         trust = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(model, **trust) if config is None else config
-        return language_class_of(config).from_pretrained(model, config=config, dtype=dtype, **trust)
+    auto = language_class_of(config)
+    with loading(model):
+        return auto.from_pretrained(model, config=config, dtype=dtype, **trust)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:

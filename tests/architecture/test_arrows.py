@@ -67,6 +67,8 @@ RULES: dict[str, Rule] = {
     f"{LLM_COMPRESSOR}/checkpoint/loading": Rule(
         HOST | words("safetensors"), OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}
     ),
+    # what a model is made of is said in the words of the checkpoint's reader
+    f"{LLM_COMPRESSOR}/preflight/as_built": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}),
     f"{LLM_COMPRESSOR}/rwkv": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "rwkv"}),
     # transformers quantizes while loading by running llm-compressor: this entry point leads to that
     # room, and never the other way round

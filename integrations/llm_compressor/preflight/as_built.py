@@ -54,15 +54,17 @@ def build_architecture(checkpoint: Checkpoint) -> Architecture:
     layers = linear_moe_layers(model)
     config: Any = model.config.get_text_config()
     rules = saving_renamings(model)
-    names = {
-        name: module_renamed(name, rules)
+    # many routers are matrices of a class of their own, which a target `Linear` does not mean
+    routers = {m for layer in layers if layer.router for m in layer.router.modules()}
+    modules = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) or (module in routers and _is_matrix(module))
     }
-    kept = kept_by_default(model, layers, ("Linear",))
-    linears = [
-        _linear(canonical(names[name]), model.get_submodule(name), kept.get(name)) for name in names
-    ]
+    names = {name: canonical(module_renamed(name, rules)) for name in modules}
+    kept = {name: Role.ROUTER.value for name, module in modules.items() if module in routers}
+    kept |= kept_by_default(model, layers, ("Linear",))
+    linears = [_linear(names[name], module, kept.get(name)) for name, module in modules.items()]
     moe_layers = (layer_of(f"{layer.name}.experts") for layer in layers)
     return Architecture(
         family=config.model_type,
@@ -74,7 +76,7 @@ def build_architecture(checkpoint: Checkpoint) -> Architecture:
         moe_layers=tuple(dict.fromkeys(number for number in moe_layers if number is not None)),
         linears={linear.name: linear for linear in linears},
         is_known=False,
-        saved=Saved({canonical(name): name for name in names.values()}, _tensors(model)),
+        saved=Saved({names[n]: module_renamed(n, rules) for n in modules}, _tensors(model)),
     )
 
 
@@ -102,6 +104,11 @@ def _built(checkpoint: Checkpoint) -> PreTrainedModel:
             linear = LinearExperts2D.get_linear_experts_cls(type(experts))  # type: ignore[arg-type]
             model.set_submodule(name, linear(getattr(experts, "config", model.config)))
     return model
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2
 
 
 def _linear(name: str, module: nn.Module, kept: str | None) -> Linear:
