@@ -9,7 +9,7 @@ pytest.importorskip("llmcompressor")
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -19,6 +19,7 @@ from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.cli import app
 from moeq_plugin.cli.built import build
 from moeq_plugin.integrations.llm_compressor import load_dequantized
+from moeq_plugin.records.run import RunRecord
 
 SCHEME = "W4A16_G32"
 
@@ -29,7 +30,9 @@ def command(*words):
 
 def save_tokenizer(path):
     words = {str(i): i for i in range(128)}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "0")))
+    splitting = Tokenizer(models.WordLevel(words, "0"))
+    splitting.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=splitting)
     made.model_max_length = 64
     made.save_pretrained(path)
 
@@ -59,7 +62,7 @@ def test_towers_are_written_bit_by_bit_and_named_with_the_reason(made):
     towers = {name: t for name, t in model.state_dict().items() if ".visual." in name}
     assert towers
     assert all(torch.equal(written[name], tensor) for name, tensor in towers.items())
-    kept = json.loads((path / "out" / "moeq_run.json").read_text())["kept"]
+    kept = RunRecord.load(path / "out")[0].kept
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     seen = {name for name in linears if ".visual." in name}
     assert seen == {name for name, reason in kept.items() if reason == "tower or projector"}

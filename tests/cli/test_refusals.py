@@ -98,4 +98,3 @@ def test_strict_looks_at_attention_too(num_tokens, code, model_path, tmp_path):
     assert done.exit_code == code, done.output
     if code:
         assert "model.layers.0.self_attn.q_proj: few, 1.0 effective tokens" in done.stderr
-
