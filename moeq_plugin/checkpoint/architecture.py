@@ -1,7 +1,8 @@
 """Which linears and other tensors a model has, as its config says, for the families we know.
 
 Nothing is built: names and shapes follow from a dozen numbers. What a config of another family
-describes is read off the file instead (:mod:`moeq_plugin.checkpoint.infer_architecture`).
+describes is read off the file instead (:mod:`moeq_plugin.checkpoint.infer_architecture`), or off
+the model, where whoever asks can build it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ class Role(StrEnum):
     ROUTER = "router"
     SHARED_GATE = "shared-expert gate"
     HEAD = "output embedding"
+    TOWER = "tower or projector"
     OTHER = "other"
 
 
 # what quantization leaves in 16 bit unless it is asked by name
-KEPT = (Role.ROUTER, Role.SHARED_GATE, Role.HEAD)
+KEPT = (Role.ROUTER, Role.SHARED_GATE, Role.HEAD, Role.TOWER)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """How ``save_pretrained`` writes a model with linear experts in 16 bit.
+
+    Attributes:
+        names: of linears in the file, by canonical name.
+        tensors: dtype and shape of every tensor of the file, by its name there.
+    """
+
+    names: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model as its config or its file describes it.
 
@@ -64,6 +79,7 @@ class Architecture:
         others: shapes of all other tensors by canonical name; empty if they are not known.
         heads: attention heads for queries and for keys; ``None`` if they are not known.
         is_known: whether names and shapes come from the config.
+        saved: how it is written, ``None`` unless the model was built to find out.
     """
 
     family: str
@@ -77,6 +93,7 @@ class Architecture:
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
     heads: tuple[int, int] | None = None
     is_known: bool = True
+    saved: Saved | None = None
 
     def experts(self) -> dict[int, list[Linear]]:
         """Return the linears of the routed experts of each layer."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = (
+    "num_experts_per_tok", "experts_per_token", "top_k", "moe_k", "moe_topk", "top_k_experts",
+)  # fmt: skip
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _MAX_SIZE = 1 << 24
 
 
@@ -13,13 +17,18 @@ class Config:
     """Typed access to a model's config.
 
     Args:
-        content: of ``config.json``; of its ``text_config`` where the model has several parts.
+        content: of ``config.json``.
+
+    Attributes:
+        content: of it; of its ``text_config`` where the model has several parts.
+        is_part: whether it is that of one of several parts.
+        family: the model type.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         nested = content.get("text_config")
-        has_layers = "num_hidden_layers" in content
-        self.content = nested if isinstance(nested, dict) and not has_layers else content
+        self.is_part = isinstance(nested, dict) and "num_hidden_layers" not in content
+        self.content = nested if isinstance(nested, dict) and self.is_part else content
         family = self.content.get("model_type")
         if not isinstance(family, str) or not family.isprintable():
             raise ValueError(f"config.json: model_type must be a name, got {_short(family)}")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
-from moeq_plugin.checkpoint.config import EXPERT_KEYS, Config
+from moeq_plugin.checkpoint.config import EXPERT_KEYS, SHARED_KEYS, TOP_K_KEYS, Config
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
 from moeq_plugin.checkpoint.roles import role_of_linear
 from moeq_plugin.core.names import expert_of, layer_of, pool_of
@@ -39,8 +39,8 @@ def infer_architecture(config: Config, modules: _Modules) -> Architecture:
         num_layers=config.count("num_hidden_layers", default=len(layers), high=1024),
         num_mtp_layers=0,
         num_experts=num_experts or len({linear.expert for linear in experts}),
-        top_k=config.count("num_experts_per_tok", "experts_per_token", "top_k", default=0),
-        num_shared=config.count("n_shared_experts", default=0),
+        top_k=config.count(*TOP_K_KEYS, default=0),
+        num_shared=config.count(*SHARED_KEYS, default=0),
         moe_layers=tuple(sorted({e.layer for e in experts if e.layer is not None})),
         linears=linears,
         is_known=False,

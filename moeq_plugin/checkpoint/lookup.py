@@ -5,6 +5,7 @@ The rules are those of vLLM 0.32 and 0.33, compressed-tensors 0.19 and transform
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
@@ -27,10 +28,14 @@ class Lookup:
     Args:
         schemes: what its config says.
         family: the config's model type, which decides about names.
+        spelled: what the file calls modules, by canonical name; for families that we do not know,
+            whose names servers take as they are.
     """
 
-    def __init__(self, schemes: Schemes, family: str) -> None:
-        self._schemes, self._family = schemes, family
+    def __init__(
+        self, schemes: Schemes, family: str, spelled: Mapping[str, str] | None = None
+    ) -> None:
+        self._schemes, self._family, self._spelled = schemes, family, spelled or {}
         self._by_target = {t: group.scheme for group in schemes.groups for t in group.targets}
         # exact names, then patterns in alphabetical order, then classes
         by_kind = sorted(self._by_target, key=lambda target: ("re:" in target, target))
@@ -57,7 +62,7 @@ class Lookup:
         """Return what compressed-tensors attaches to the linear of the transformers model."""
         if self._schemes.dialect == "gptq":
             return self._gptq(linear.name)
-        stored = in_file(linear.name, self._family)
+        stored = self._spelled.get(linear.name, in_file(linear.name, self._family))
         if "Linear" in self._schemes.ignore or linear.name in self._ignore:
             return None
         if stored != linear.name and stored in self._ignore:
@@ -79,7 +84,7 @@ class Lookup:
             return None
         if linear.role is Role.EXPERT:
             return self._experts_in_vllm(linear.name.split(".experts.")[0])
-        name = in_vllm(linear.name, self._family)
+        name = self._in_vllm(linear.name)
         fused = fused_name(name)
         if self._schemes.dialect == "gptq":
             return self._gptq(fused or name)
@@ -93,6 +98,9 @@ class Lookup:
             is_head = linear.role is Role.HEAD
             target = self._of_class[_HEAD_IN_VLLM if is_head else _LINEAR_IN_VLLM]
         return self._by_target[target] if target else None
+
+    def _in_vllm(self, name: str) -> str:
+        return self._spelled.get(name) or in_vllm(name, self._family)
 
     def _experts_in_vllm(self, block: str) -> Scheme | None:
         """Look up expert 0, as vLLM does, and take its scheme for all experts of the layer.
@@ -113,7 +121,7 @@ class Lookup:
     def _scheme_of_experts(self, block: str) -> list[Scheme | None]:
         found: list[Scheme | None] = []
         for projection in ("gate_proj", "up_proj", "down_proj"):
-            name = in_vllm(f"{block}.experts.0.{projection}", self._family)
+            name = self._in_vllm(f"{block}.experts.0.{projection}")
             is_ignored = name in self._ignore
             target = None if is_ignored else self._targets.first(name)
             if target is None and not is_ignored and "Linear" in self._by_target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moeq_plugin.checkpoint.checks.mixed_schemes import check_mixed_schemes
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.config import Config
 from moeq_plugin.checkpoint.families import FAMILIES, architecture_of
-from moeq_plugin.checkpoint.layout import Layout, lay_out
+from moeq_plugin.checkpoint.layout import Build, Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
 from moeq_plugin.checkpoint.open_checkpoint import Checkpoint, open_checkpoint
 from moeq_plugin.checkpoint.read_schemes import read_schemes
@@ -36,10 +36,13 @@ class Overview:
         num_experts: routed experts of each.
         top_k: of which each token uses.
         num_shared: shared experts.
-        experts: ``fused`` in one tensor per layer, ``separate``, or ``unknown`` from a config.
+        experts: ``fused`` in one tensor per layer, ``separate``, ``unknown`` from a config, or
+            ``not counted`` where tensors hold them in a form that nobody here takes apart.
         num_parameters: in all; 0 if they are not known.
         layers: for each layer, its schemes and how many linears have them.
         readers: for each reader, what it cannot do with the model; empty if it reads it.
+        is_built: whether it was built to find out what it consists of.
+        refusal: why it cannot be quantized; empty if nothing is known against it.
     """
 
     family: str
@@ -53,14 +56,21 @@ class Overview:
     num_parameters: int
     layers: dict[int, dict[str, int]]
     readers: dict[str, list[str]]
+    is_built: bool = False
+    refusal: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the overview in JSON types."""
         return {"schema_version": 1, **asdict(self)}
 
 
-def inspect_model(path: str | Path) -> Overview:
+def inspect_model(path: str | Path, build: Build | None = None) -> Overview:
     """Describe a checkpoint or a ``config.json``.
+
+    Args:
+        path: of either.
+        build: finds out what a 16-bit model of a family that we do not know consists of; without
+            it, or where it refuses the model, that is read off the file.
 
     Raises:
         ValueError: if there is neither, or the config cannot be one.
@@ -70,9 +80,14 @@ def inspect_model(path: str | Path) -> Overview:
         return _of_config(read_json(path), path)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         return _of_config(read_json(path / "config.json"), path)
-    layout = lay_out(open_checkpoint(path))
+    layout, refusal = lay_out(open_checkpoint(path)), ""
+    if build is not None and not layout.architecture.is_known and not layout.schemes.dialect:
+        try:
+            layout = lay_out(layout.checkpoint, build(layout.checkpoint))
+        except ValueError as error:
+            refusal = str(error)
     fused = [layer for layer in layout.architecture.moe_layers if layout.is_fused(layer)]
-    return _overview(layout, "fused" if fused else "separate")
+    return replace(_overview(layout, "fused" if fused else "separate"), refusal=refusal)
 
 
 def _of_config(content: dict[str, Any], path: Path) -> Overview:
@@ -82,7 +97,7 @@ def _of_config(content: dict[str, Any], path: Path) -> Overview:
         ValueError: if the family is not known.
     """
     config = Config(content)
-    if config.family not in FAMILIES:
+    if config.family not in FAMILIES or config.is_part:
         raise ValueError(
             f"{path}: {config.family} is not one of {', '.join(FAMILIES)}; give a directory with "
             "safetensors files, whose headers say the rest"
@@ -120,16 +135,23 @@ def _overview(layout: Layout, experts: str) -> Overview:
         num_experts=architecture.num_experts,
         top_k=architecture.top_k,
         num_shared=architecture.num_shared,
-        experts=experts if architecture.moe_layers else "none",
+        experts=experts if architecture.moe_layers else _lone_experts(layout),
         num_parameters=_num_parameters(layout),
         layers={layer: dict(layers[layer]) for layer in sorted(layers)},
         readers=_readers(layout),
+        is_built=architecture.saved is not None,
     )
+
+
+def _lone_experts(layout: Layout) -> str:
+    return "not counted" if layout.stacked else "none"
 
 
 def _num_parameters(layout: Layout) -> int:
     """Count what transformers loads: not the layers for next-token prediction."""
     architecture = layout.architecture
+    if architecture.saved is not None:
+        return sum(math.prod(shape) for _, shape in architecture.saved.tensors.values())
     others = architecture.others or {  # of a family that we do not know: what the file holds
         name: tensor.shape
         for name, tensor in layout.checkpoint.tensors.items()

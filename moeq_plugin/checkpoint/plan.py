@@ -12,32 +12,14 @@ from moeq_plugin.checkpoint.checks.findings import UNREADABLE, Finding
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
-from moeq_plugin.checkpoint.formats import tensors_of
-from moeq_plugin.checkpoint.headers import BITS, header_bytes
-from moeq_plugin.checkpoint.layout import Layout, lay_out
+from moeq_plugin.checkpoint.headers import header_bytes
+from moeq_plugin.checkpoint.layout import Build, Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
 from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
-from moeq_plugin.checkpoint.reader_names import in_file
+from moeq_plugin.checkpoint.outputs import copied_tensors, loaded_shapes, outputs_of
 from moeq_plugin.checkpoint.schemes import Group, Scheme, Schemes
-from moeq_plugin.core.names import canonical, layer_of
 
 _ONE_FILE = 50_000_000_000  # bytes of tensors that save_pretrained writes into one file
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_ALWAYS_FLOAT32 = "e_score_correction_bias"  # transformers keeps it so, whatever the model's dtype
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the checkpoint to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes of its data."""
-        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -67,34 +49,40 @@ class Plan:
     warnings: tuple[Finding, ...]
 
 
-def plan_quantization(path: str | Path, scheme: Scheme, *, tp: int = 1) -> Plan:
+def plan_quantization(
+    path: str | Path, scheme: Scheme, *, tp: int = 1, build: Build | None = None
+) -> Plan:
     """Plan to quantize all linears but routers, shared-expert gates and the output embedding.
 
     Args:
         path: directory of the 16-bit model.
         scheme: for the quantized linears.
         tp: ranks of tensor parallelism to check for.
+        build: finds out what a model of a family that we do not know consists of; without it,
+            that is read off the file.
 
     Raises:
-        ValueError: if there is no such model, a file is damaged or it is quantized already.
+        ValueError: if there is no such model, a file is damaged, it is quantized already or cannot
+            be quantized.
     """
     if tp < 1:
         raise ValueError(f"tp must be at least 1, got {tp}")
     layout = lay_out(open_checkpoint(path))
     _check_source(layout, path)
+    if build is not None and not layout.architecture.is_known:
+        layout = lay_out(layout.checkpoint, build(layout.checkpoint))
     architecture = layout.architecture
     linears = [linear for linear in architecture.linears.values() if not linear.is_mtp]
     wanted = [linear for linear in linears if linear.role not in KEPT]
     size = scheme.group_size or 1
     targeted = [linear for linear in wanted if linear.shape[1] % size == 0]
-    outputs = list(_outputs(layout, {linear.name for linear in targeted}, scheme))
-    tensor_bytes = sum(output.num_bytes for output in outputs)
-    is_one_file = tensor_bytes <= _ONE_FILE
+    outputs = list(outputs_of(layout, {linear.name for linear in targeted}, scheme))
+    copied = copied_tensors(layout)
+    tensor_bytes = sum(output.num_bytes for output in (*outputs, *copied))
+    is_one_file = tensor_bytes <= _ONE_FILE and not copied
     header = header_bytes((o.name, o.dtype, o.shape) for o in outputs) if is_one_file else 0
     num_quantized = sum(math.prod(linear.shape) for linear in targeted)
-    num_parameters = sum(
-        math.prod(t.shape) for n, t in layout.checkpoint.tensors.items() if _is_loaded(layout, n)
-    )
+    num_parameters = sum(map(math.prod, loaded_shapes(layout)))
     return Plan(
         architecture=architecture,
         quantized=tuple(linear.name for linear in targeted),
@@ -119,49 +107,6 @@ def _check_source(layout: Layout, path: str | Path) -> None:
         raise ValueError(
             f"{path}: {missing[0].where}: {missing[0].what}, and {len(missing)} in all"
         )
-
-
-def _is_loaded(layout: Layout, name: str) -> bool:
-    """Tell whether transformers loads a tensor: not those for next-token prediction."""
-    layer = layer_of(name)
-    return layer is None or layer < layout.architecture.num_layers
-
-
-def _outputs(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[Output]:
-    architecture = layout.architecture
-    family = architecture.family
-    declared = layout.checkpoint.config.get("dtype", layout.checkpoint.config.get("torch_dtype"))
-    dtype = _DTYPES.get(declared) if isinstance(declared, str) else None
-    seen = set()
-    for name, tensor in layout.checkpoint.tensors.items():
-        module = canonical(name).removesuffix(".weight")
-        if not _is_loaded(layout, name) or module in architecture.linears or _is_fused(name):
-            continue
-        seen.add(canonical(name))
-        stored = "F32" if name.endswith(_ALWAYS_FLOAT32) else dtype or tensor.dtype
-        yield Output(name, stored, tensor.shape)
-    for linear in architecture.linears.values():
-        if linear.is_mtp:
-            continue
-        found = layout.modules.get(linear.name, {}).get("weight")
-        stored = dtype or (found.dtype if found else "BF16")
-        name = in_file(linear.name, family)
-        wanted = tensors_of(scheme if linear.name in targeted else None, linear.shape)
-        if wanted is None:
-            raise ValueError(f"the sizes of format {scheme.form!r} are not known here")
-        for suffix, part in wanted.items():
-            is_float = "BF16" in part.dtypes
-            yield Output(f"{name}.{suffix}", stored if is_float else part.dtypes[0], part.shape)
-        bias = f"{linear.name}.bias"
-        if bias in architecture.others and bias not in seen:  # of fused experts
-            yield Output(f"{name}.bias", stored, architecture.others[bias])
-
-
-def _is_fused(name: str) -> bool:
-    return name.endswith(tuple(f".experts.{stack}{tail}" for stack in _STACKS for tail in _TAILS))
-
-
-_STACKS, _TAILS = ("gate_up_proj", "down_proj"), ("", "_bias")
 
 
 def _warnings(layout: Layout, targeted: list[Linear], scheme: Scheme, tp: int) -> Iterator[Finding]:

@@ -27,13 +27,13 @@ def inspect(
     """
     with errors("inspect"):
         from moeq_plugin.checkpoint.overview import inspect_model
+        from moeq_plugin.cli.built import build
 
-        found = inspect_model(model)
+        found = inspect_model(model, build)
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=1))
             return
-        known = "" if found.is_known else " (not a family that we know: read off the file)"
-        say(f"{found.family}{known}, {found.num_parameters / 1e9:.3g} B parameters")
+        say(f"{found.family}{_source(found)}, {found.num_parameters / 1e9:.3g} B parameters")
         say(
             f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
             f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
@@ -42,6 +42,16 @@ def inspect(
             say(line)
         for reader, limits in found.readers.items():
             say(f"{reader}: {'; '.join(limits) or 'yes'}")
+        if found.refusal:
+            say(f"quantize: {found.refusal}")
+
+
+def _source(found: Overview) -> str:
+    """Say where what is said about the model is from, if not from what we know of its family."""
+    if found.is_known:
+        return ""
+    way = "built without weights to find out" if found.is_built else "read off the file"
+    return f" (not a family that we know: {way})"
 
 
 def _layers(found: Overview) -> list[str]:

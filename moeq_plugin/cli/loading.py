@@ -34,24 +34,35 @@ def run_oneshot(model: str, recipe: Any, *, trust_remote_code: bool, **arguments
 def load_model(
     model: str, *, trust_remote_code: bool, dtype: str = "auto", **settings: Any
 ) -> tuple[Any, Any]:
-    """Return a model and its tokenizer.
+    """Return a model and its tokenizer, as :func:`load_weights` and :func:`load_tokenizer` do."""
+    loaded = load_weights(model, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
+    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
+
+
+def load_weights(
+    model: str, *, trust_remote_code: bool, dtype: str = "auto", config: Any = None
+) -> Any:
+    """Return the whole of a model, towers of a multi-modal one included.
 
     Args:
         model: directory or id.
         trust_remote_code: run Python code that the model brings along, if it needs any.
         dtype: name of a dtype, or ``auto`` for its own.
-        **settings: of ``from_pretrained``, such as another ``config``.
+        config: another one than its own.
 
     Raises:
-        ValueError: if either cannot be loaded, whatever the reason.
+        ValueError: if it cannot be loaded, whatever the reason, or not as a whole.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from moeq_plugin.models.auto_class import language_class_of
 
     with loading(model):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, trust_remote_code=trust_remote_code, **settings
-        )
-    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
+        trust = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(model, **trust) if config is None else config
+    auto = language_class_of(config)
+    with loading(model):
+        return auto.from_pretrained(model, config=config, dtype=dtype, **trust)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:

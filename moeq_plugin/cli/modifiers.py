@@ -11,14 +11,26 @@ from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
 def of_request(**settings: Any) -> list[Any]:
-    """Return the modifiers of a request; unlike the host's, a scheme may name its group size."""
+    """Return the modifiers of a request."""
     from moeq_plugin import MoEQuantModifier
+
+    if "scheme" in settings:
+        settings |= of_scheme(settings.pop("scheme"))
+    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+
+
+def of_scheme(scheme: str) -> dict[str, Any]:
+    """Return the fields of a modifier for a scheme; unlike the host's, it may name its group size.
+
+    Example:
+        >>> of_scheme("W4A16")
+        {'scheme': 'W4A16'}
+    """
     from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 
-    if "_G" in (scheme := settings.get("scheme", "")):
-        group = parse_option(settings.pop("scheme")).for_targets(["Linear"])
-        settings["config_groups"] = {scheme: group}
-    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+    if "_G" not in scheme:
+        return {"scheme": scheme}
+    return {"config_groups": {scheme: parse_option(scheme).for_targets(["Linear"])}}
 
 
 def of_recipe(path: Path, work_dir: Path) -> list[Any]:

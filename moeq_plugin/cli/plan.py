@@ -100,9 +100,10 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
     """Yield what quantization will do and write, and what servers will not do with it."""
     from moeq_plugin.checkpoint.plan import plan_quantization
     from moeq_plugin.checkpoint.presets import scheme_named
+    from moeq_plugin.cli.built import build
 
     parsed = scheme_named(scheme)
-    found = plan_quantization(model, parsed, tp=tp)
+    found = plan_quantization(model, parsed, tp=tp, build=build)
     arch = found.architecture
     yield (
         f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
@@ -135,11 +136,12 @@ def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
     """
     from moeq_plugin.checkpoint.plan import plan_quantization
     from moeq_plugin.checkpoint.presets import scheme_named
+    from moeq_plugin.cli.built import build
     from moeq_plugin.cli.probe import predict
 
     if data.path is None or not data.path.is_file():
         raise ValueError("--probe needs --dataset FILE, the JSON lines that will calibrate")
-    planned = plan_quantization(model, scheme_named(scheme))
+    planned = plan_quantization(model, scheme_named(scheme), build=build)
     found = predict(
         model,
         scheme,

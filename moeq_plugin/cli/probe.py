@@ -109,6 +109,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
 
     from moeq_plugin import MoEQuantModifier
     from moeq_plugin.cli.loading import load_model, loading
+    from moeq_plugin.cli.modifiers import of_scheme
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.records.environment import peak_resident_memory
 
@@ -132,9 +133,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     trust = request["trust_remote_code"]
     with loading(request["model"]):
         config = AutoConfig.from_pretrained(request["model"], trust_remote_code=trust)
-    config.num_hidden_layers = request["num_layers"]
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: request["num_layers"]]
+    _cut(config.get_text_config(), request["num_layers"])
     loaded, tokenizer = load_model(request["model"], config=config, trust_remote_code=trust)
     data = read_dataset(Path(request["dataset"]), request["num_calibration_samples"])
     num_all = len(data)
@@ -145,7 +144,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
             model=loaded,
             tokenizer=tokenizer,
             recipe=Watched(
-                scheme=request["scheme"], ignore=["lm_head"], work_dir=f"{directory}/work"
+                **of_scheme(request["scheme"]), ignore=["lm_head"], work_dir=f"{directory}/work"
             ),
             dataset=data.select(range(num_used)),
             num_calibration_samples=num_used,
@@ -155,12 +154,21 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
         )
     marks.append(("saved", _clocks()))
     parameters = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    width = config.hidden_size * loaded.dtype.itemsize
+    width = config.get_text_config().hidden_size * loaded.dtype.itemsize
     return {
         "cpu": _phases(marks, 0), "wall": _phases(marks, 1), "peak_bytes": peak_resident_memory(),
         "model_bytes": parameters, "used": num_used, "all": num_all,
         "activation_bytes": num_used * request["max_seq_length"] * width,
     }  # fmt: skip
+
+
+def _cut(config: Any, num_layers: int) -> None:
+    """Leave a model its first layers; lists with an entry for each layer are cut as well."""
+    whole = config.num_hidden_layers
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == whole and key != "architectures":
+            setattr(config, key, value[:num_layers])
+    config.num_hidden_layers = num_layers
 
 
 def _phases(marks: list[tuple[str, tuple[float, float]]], clock: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeq_plugin.cli.loading import loading
+from moeq_plugin.cli.loading import load_weights, loading
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.records.quality import Continuation, QualityRecord
 from moeq_plugin.untrusted.reading import read_json
@@ -42,13 +42,7 @@ def load_plain(model: str, dtype: str, *, trust_remote_code: bool) -> Any:
         dtype: name of a dtype, or ``auto``.
         trust_remote_code: run Python code that the model brings along, if it needs any.
     """
-    from transformers import AutoModelForCausalLM
-
-    with loading(model):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return loaded.eval()
+    return load_weights(model, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
 def load_quantized(quant: str, dtype: str, *, trust_remote_code: bool) -> Any:

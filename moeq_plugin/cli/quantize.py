@@ -15,7 +15,6 @@ from moeq_plugin.cli.health import complaint, health
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.modifiers import of_recipe, of_request
 from moeq_plugin.cli.shared import app, errors, say
-from moeq_plugin.cli.whole_model import check_whole
 from moeq_plugin.files.new_directory import check_new_directory
 from moeq_plugin.files.places import check_places
 from moeq_plugin.files.work_dir import (
@@ -150,7 +149,6 @@ def _run(
     from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.files.publish import staged
 
-    check_whole(model)
     try:
         with staged(out) as stage, _without_empty_state(work_dir):
             run_oneshot(

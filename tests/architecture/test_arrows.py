@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "core": Rule(words("torch numpy scipy"), words("untrusted")),
     "core/names": Rule(),
     "models": Rule(words("torch"), words("core")),
+    "models/auto_class": Rule(words("transformers"), words("models")),  # its classes are the matter
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
     # a checkpoint is judged by its headers; only these look at what tensors hold
     "checkpoint": Rule(rooms=words("checkpoint untrusted"), pure_rooms=words("core")),
@@ -66,6 +67,8 @@ RULES: dict[str, Rule] = {
     f"{LLM_COMPRESSOR}/checkpoint/loading": Rule(
         HOST | words("safetensors"), OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}
     ),
+    # what a model is made of is said in the words of the checkpoint's reader
+    f"{LLM_COMPRESSOR}/preflight/as_built": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}),
     f"{LLM_COMPRESSOR}/rwkv": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "rwkv"}),
     # transformers quantizes while loading by running llm-compressor: this entry point leads to that
     # room, and never the other way round

@@ -13,7 +13,8 @@ from moeq_plugin import MoEQuantModifier
 from moeq_plugin.checkpoint.formats import tensors_of
 from moeq_plugin.checkpoint.layout import lay_out
 from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
-from moeq_plugin.checkpoint.plan import Output, plan_quantization
+from moeq_plugin.checkpoint.outputs import Output
+from moeq_plugin.checkpoint.plan import plan_quantization
 from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.checkpoint.schemes import Scheme
 from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option

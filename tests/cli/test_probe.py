@@ -48,12 +48,14 @@ def test_phases_are_told_apart_by_the_marks_between_them():
 
 
 @pytest.mark.slow
-def test_plan_predicts_from_a_run_on_three_layers(tmp_path):
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_G32"])
+def test_plan_predicts_from_a_run_on_three_layers(scheme, tmp_path):
     rows = [[token % 2048 for token in range(start, start + 32)] for start in range(4)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
 
-    done = CliRunner().invoke(app, ["plan", str(TINY), "--probe", "--dataset", str(data)])
+    words = ["--probe", "--scheme", scheme, "--dataset", str(data)]
+    done = CliRunner().invoke(app, ["plan", str(TINY), *words])
 
     assert done.exit_code == 0, done.output
     assert "probe of 3 layers on 4 sequences: quantizing takes" in done.output

@@ -7,14 +7,11 @@ from helpers import int4, tiny_model, tokens
 
 pytest.importorskip("llmcompressor")
 
-import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from moeq_plugin.cli import app
-from moeq_plugin.cli.whole_model import check_whole
 
 IDS = {"input_ids": list(range(1, 40))}
 ONLY_ATTENTION = {"config_groups": int4(), "ignore": ["lm_head", "re:.*experts.*"]}
@@ -101,43 +98,3 @@ def test_strict_looks_at_attention_too(num_tokens, code, model_path, tmp_path):
     assert done.exit_code == code, done.output
     if code:
         assert "model.layers.0.self_attn.q_proj: few, 1.0 effective tokens" in done.stderr
-
-
-TEXT = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
-    "tie_word_embeddings": False, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-    "rope_parameters": {
-        "rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4,
-        "partial_rotary_factor": 0.25,
-    },
-}  # fmt: skip
-VISION = {
-    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
-    "out_hidden_size": 64, "num_position_embeddings": 16,
-}  # fmt: skip
-
-
-def test_a_model_that_also_sees_is_refused_with_what_would_be_lost(model_path, tmp_path):
-    config = AutoConfig.for_model(
-        "qwen3_5_moe", text_config=TEXT, vision_config=VISION, image_token_id=100,
-        video_token_id=101, vision_start_token_id=102, vision_end_token_id=103,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
-        seen = sum("visual" in key for key in file.keys())  # noqa: SIM118 - not a dict
-    done = quantize(tmp_path / "model", tmp_path, [IDS])
-    check_refused(done, tmp_path, "model")
-    assert "is a multi-modal model (Qwen3_5MoeForConditionalGeneration)" in done.stderr
-    assert f"would lose model.visual.* ({seen} tensors). Quantize it in Python" in done.stderr
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_models_of_text_alone_are_whole(family, tmp_path):
-    tiny_model(family, tmp_path)
-    check_whole(str(tmp_path))

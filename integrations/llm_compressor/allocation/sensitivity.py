@@ -42,7 +42,8 @@ from moeq_plugin.integrations.llm_compressor.host import (
 )
 from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 from moeq_plugin.integrations.llm_compressor.solver_fields import SolverFields
-from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.models.linear_experts import linear_moe_layers
+from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.progress import layer_progress, report_progress
 
 
@@ -119,7 +120,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         """
         preflight.count_tokens(_calibration_data(state), state.model)
         preflight.check_finite_weights(state.model)
-        self._layers = find_moe_layers(state.model)
+        self._layers = linear_moe_layers(state.model)
         self._choices = Choices.of(
             state.model,
             self._layers,

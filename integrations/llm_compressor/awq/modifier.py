@@ -26,7 +26,7 @@ from moeq_plugin.integrations.llm_compressor.awq.smoothing_run import Run
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 from moeq_plugin.integrations.llm_compressor.host import forget_failure, undo_with_oneshot
 from moeq_plugin.integrations.llm_compressor.one_run import OneRun
-from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.models.linear_experts import linear_moe_layers
 from moeq_plugin.records.run import RunRecord
 
 
@@ -114,7 +114,7 @@ class MoEQuantAWQModifier(FrozenFields, OneRun, AWQModifier):
         Raises:
             ValueError: if the request cannot succeed; nothing has been changed then.
         """
-        layers = find_moe_layers(state.model)
+        layers = linear_moe_layers(state.model)
         check_request(type(self).__name__, state, layers)
         places.stage_running_output()
         request = Request(

@@ -7,7 +7,7 @@ that the checkpoint's config gives it, and every tensor of the file has to find 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,14 +18,15 @@ from compressed_tensors.utils import is_match, match_targets
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
+from transformers import AutoConfig, PreTrainedModel
 
 from moeq_plugin.checkpoint.weight_files import weight_files
-from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
-    linearized_rules,
-    loading_rules,
+from moeq_plugin.integrations.llm_compressor.checkpoint.file_names import (
+    loading_renamings,
+    module_renamed,
+    renamed,
 )
+from moeq_plugin.models.auto_class import auto_class_of
 from moeq_plugin.untrusted.reading import check_model
 
 _CACHE_SCALES = (".k_scale", ".v_scale")
@@ -50,20 +51,20 @@ def load_dequantized(directory: str | Path, *, trust_remote_code: bool = False) 
     schemes = QuantizationConfig.model_validate(config.quantization_config)
     # or transformers would build compressed modules, with one scheme for all experts
     del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = auto_class_of(config).from_config(
         config, dtype=config.dtype, trust_remote_code=trust_remote_code
     )
     linearize_moe(model)  # random weights for now, in the layout that the host has saved
-    renamings = [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
+    renamings = loading_renamings(model)
     stored: dict[str, dict[str, torch.Tensor]] = {}
     spelled: dict[str, str] = {}  # by module, what the file calls it
     for key, tensor in _tensors(directory):
         in_file = key.rpartition(".")[0]
-        module, _, name = _renamed(key, renamings).rpartition(".")
+        module, _, name = renamed(key, renamings).rpartition(".")
         stored.setdefault(module, {})[name] = tensor
         spelled[module] = in_file
     # the host renames some of what it writes into `ignore`, by the rules for tensors
-    schemes.ignore = [*schemes.ignore, *(_renamed_module(n, renamings) for n in schemes.ignore)]
+    schemes.ignore = [*schemes.ignore, *(module_renamed(n, renamings) for n in schemes.ignore)]
     for name, scheme in _scheme_of_modules(model, schemes, spelled):
         if name in stored:
             form = scheme.format or infer_module_format(nn.Linear, scheme).value
@@ -89,20 +90,6 @@ def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield key, file.get_tensor(key)
-
-
-def _renamed(key: str, renamings: Iterable[WeightRenaming]) -> str:
-    """Return the name in the model of a tensor of the file."""
-    for renaming in renamings:
-        key, _ = renaming.rename_source_key(key)
-    return key
-
-
-def _renamed_module(name: str, renamings: Iterable[WeightRenaming]) -> str:
-    """Return the name in the model of a module of the file; a regular expression stays."""
-    if name.startswith("re:"):
-        return name
-    return _renamed(f"{name}.weight", renamings).removesuffix(".weight")
 
 
 def _scheme_of_modules(

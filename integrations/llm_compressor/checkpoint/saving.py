@@ -24,6 +24,7 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     loading_rules,
     names_in_checkpoint,
 )
+from moeq_plugin.integrations.llm_compressor.checkpoint.ignored_names import mend_ignored
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     UNCOMPRESSED,
     fusion_limits,
@@ -126,6 +127,7 @@ def _write_on_save(
             if not finished:
                 return
             _mend_config(model, directory)
+            mend_ignored(model, directory)
             records = [record for record, _ in finished]
             save_records(records, directory)
             for _, save_more in finished:

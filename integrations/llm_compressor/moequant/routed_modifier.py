@@ -20,7 +20,8 @@ from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
 from moeq_plugin.integrations.llm_compressor.self_sampling.calibrate import write_own_text
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_finished
-from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.models.linear_experts import linear_moe_layers
+from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.environment import run_facts, versions
 from moeq_plugin.records.run import RunRecord
 
@@ -116,7 +117,7 @@ class RoutedModifier(RoutedRecipe):
         Raises:
             ValueError: saying what to do instead; nothing has been changed then.
         """
-        layers = find_moe_layers(state.model)
+        layers = linear_moe_layers(state.model)
         recipe.check_stack(self, state.model, layers)
         calib = state.data.calib
         preflight.check_data(calib, type(self).__name__, has_experts=bool(layers))

@@ -12,6 +12,7 @@ from torch import nn
 
 from moeq_plugin.core.names import MIXTRAL_BLOCK, MIXTRAL_PROJECTIONS, canonical
 from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.models.towers import tower_modules
 
 _OURS = {theirs: ours for ours, theirs in MIXTRAL_PROJECTIONS.items()}
 
@@ -22,15 +23,15 @@ def kept_by_default(
     """Return the names of modules that stay in 16 bit unless targeted by name, with the reason.
 
     Routers and shared-expert gates are tiny and decide which expert runs; the output embedding is
-    where servers expect 16 bits. A target that is a class name, such as ``Linear``, does not
-    count as targeting them.
+    where servers expect 16 bits; text that calibrates does not reach the towers of a multi-modal
+    model. A target that is a class name, such as ``Linear``, does not count as targeting them.
 
     Args:
         model: the model.
         layers: its MoE layers.
         targets: the targets of the recipe.
     """
-    reasons: dict[nn.Module, str] = {}
+    reasons = dict.fromkeys(tower_modules(model), "tower or projector")
     for layer in layers:
         for module, reason in ((layer.router, "router"), (layer.shared_gate, "shared-expert gate")):
             if module is not None:

@@ -1,0 +1,16 @@
+"""Models of families that we do not know, built without weights by what would quantize them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeq_plugin.checkpoint.architecture import Architecture
+    from moeq_plugin.checkpoint.open_checkpoint import Checkpoint
+
+
+def build(checkpoint: Checkpoint) -> Architecture:
+    """Return what a model consists of; llm-compressor is imported only for models that need it."""
+    from moeq_plugin.integrations.llm_compressor.preflight.as_built import build_architecture
+
+    return build_architecture(checkpoint)
