@@ -35,3 +35,17 @@ def orders(experts, columns, seed=0):
     """Return a random order of columns for each expert."""
     rng = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(columns, generator=rng) for _ in range(experts)])
+
+
+def output_moments(experts=3, rows=6, tokens=256, seed=0):
+    """Return positive definite second moments ``[experts, rows, rows]`` of correlated outputs."""
+    rng = torch.Generator().manual_seed(100 + seed)
+    mixing = torch.randn(rows, rows, generator=rng)
+    gradients = torch.randn(experts, tokens, rows, generator=rng) @ mixing
+    return gradients.transpose(1, 2) @ gradients
+
+
+def whole_loss(weight, rounded, hessian, outputs):
+    """Return ``[experts]`` in float64, ``trace(G @ D @ H @ D.T)``."""
+    change = weight.double() - rounded.double()
+    return ((outputs.double() @ change @ hessian.double()) * change).sum((1, 2))

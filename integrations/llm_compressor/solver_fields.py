@@ -17,16 +17,19 @@ class Preset(StrEnum):
 
     FAST = "fast"  # GPTQ on the observer's scales
     BALANCED = "balanced"  # what was measured to help on every model, from second moments alone
+    BEST = "best"  # what takes a backward pass through the whole model beside
 
 
+_BALANCED: Mapping[str, Any] = {
+    "scale_search": ScaleSearch.NARROW,
+    "signed_scales": True,
+    "refine_rounds": 2,
+    "dampening_frac": 0.05,
+}
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.FAST: {},
-    Preset.BALANCED: {
-        "scale_search": ScaleSearch.NARROW,
-        "signed_scales": True,
-        "refine_rounds": 2,
-        "dampening_frac": 0.05,
-    },
+    Preset.BALANCED: _BALANCED,
+    Preset.BEST: {**_BALANCED, "row_feedback": True},
 }
 
 
@@ -35,8 +38,8 @@ class SolverFields(FrozenFields):
 
     Args:
         preset: fills in fields that are not given: ``balanced`` means ``scale_search="narrow"``,
-            ``signed_scales=True``, ``refine_rounds=2`` and ``dampening_frac=0.05``; ``fast``
-            means the defaults of the fields.
+            ``signed_scales=True``, ``refine_rounds=2`` and ``dampening_frac=0.05``; ``best`` the
+            same with ``row_feedback=True``; ``fast`` means the defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
             within 20 % of the range, ``conditional`` and ``group`` in a wide range by the second
             moments. An observer that a scheme or ``weight_observer`` asks for, other than the
@@ -45,12 +48,16 @@ class SolverFields(FrozenFields):
             code without a counterpart on the side that needs it. Which readers were seen to take
             such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
+        row_feedback: let the rows of a weight make up for each other, as far as their outputs
+            change the same predictions. Takes one backward pass through the whole model, over at
+            most 16384 tokens of the calibration data.
     """
 
     preset: Preset = Preset.BALANCED
     scale_search: ScaleSearch = ScaleSearch.GIVEN
     signed_scales: bool = False
     refine_rounds: int = Field(default=0, ge=0)
+    row_feedback: bool = False
     # of the host's GPTQModifier, where a subclass is one
     block_size: int = 128
     dampening_frac: float | None = 0.01

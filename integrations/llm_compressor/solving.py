@@ -37,6 +37,8 @@ class Job:
         weight_sum: what to divide the loss by for a mean over tokens.
         basis: what the second moments rest on.
         effective_tokens: of the linears' own tokens.
+        output_moments: ``[out, out]`` of gradients at the outputs of all linears, ``None`` where
+            outputs count one by one.
     """
 
     linears: list[nn.Linear]
@@ -45,6 +47,7 @@ class Job:
     weight_sum: float
     basis: Basis
     effective_tokens: float
+    output_moments: torch.Tensor | None = None
 
 
 def stacks(
@@ -70,6 +73,8 @@ def stacks(
         # and what a refinement holds beside them: errors, their product with the Hessian, codes
         copies = 4 if options.is_plain else 9
         job_bytes = 4 * columns * (2 * columns + copies * rows)
+        if any(job.output_moments is not None for job in members):
+            job_bytes += 4 * rows * (3 * rows + 3 * columns)  # their factor; what is passed on
         fitting = max(1, _stack_bytes(members[0].hessian.device) // job_bytes)
         size = min(fitting, max_jobs or fitting)
         while members:
@@ -135,10 +140,22 @@ def solve_stack(stack: list[Job], options: SolverOptions) -> list[Rounded]:
         grid,
         options,
         actorder=args.actorder is not None,
+        output_moments=_output_moments(stack, weight.shape[1]),
     )
     return [
         Rounded(refined.solution, i, refined.scale[i], refined.zero_point[i])
         for i in range(len(stack))
+    ]
+
+
+def _output_moments(stack: list[Job], rows: int) -> list[torch.Tensor] | None:
+    """Return those of each job, ``None`` where no job has any."""
+    if all(job.output_moments is None for job in stack):
+        return None
+    return [
+        # from zeros nothing follows: outputs count one by one
+        job.hessian.new_zeros(rows, rows) if job.output_moments is None else job.output_moments
+        for job in stack
     ]
 
 

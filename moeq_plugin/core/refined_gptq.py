@@ -2,8 +2,10 @@
 
 Before: search each group's scale (:mod:`moeq_plugin.core.scale_search`). After: rounds of
 refitting scales to codes (:mod:`moeq_plugin.core.scale_refit`) and descending along the codes
-(:mod:`moeq_plugin.core.code_descent`). All of it sees the same damped Hessian, and what comes out
-is on the same kind of grid: only which codes and scales changes.
+(:mod:`moeq_plugin.core.code_descent`). With second moments of gradients at the outputs, rows make
+up for each other in all of this (:mod:`moeq_plugin.core.row_feedback`,
+:mod:`moeq_plugin.core.row_descent`). All of it sees the same damped Hessian, and what comes out is
+on the same kind of grid: only which codes and scales changes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.factorization import Factorization, factorize
 from moeq_plugin.core.gptq import Solution, check_shapes, round_columns
 from moeq_plugin.core.grid import Grid, dequantize, quantize
+from moeq_plugin.core.row_descent import descend_rows
+from moeq_plugin.core.row_feedback import factorize_rows, round_rows
 from moeq_plugin.core.scale_refit import refit_scales, row_losses
 from moeq_plugin.core.scale_search import (
     NARROW,
@@ -53,6 +57,7 @@ def solve_refined(
     options: SolverOptions,
     *,
     actorder: bool = True,
+    output_moments: Sequence[torch.Tensor] | None = None,
 ) -> Refined:
     """Round each weight to a grid so that ``trace(D @ H @ D.T)`` stays small.
 
@@ -64,10 +69,14 @@ def solve_refined(
         grid: the grid's description.
         options: how to.
         actorder: see :func:`moeq_plugin.core.gptq.solve`.
+        output_moments: for each expert ``[out, out]`` second moments ``G`` of gradients at the
+            outputs, with which ``trace(G @ D @ H @ D.T)`` is what stays small; zeros on the
+            diagonal are overwritten, a positive factor per expert changes nothing. ``None`` rounds
+            rows apart.
 
     Returns:
-        Weights and the grids that they are on. A row's loss is never larger than GPTQ's on the
-        same scales.
+        Weights and the grids that they are on. Without output moments a row's loss is never larger
+        than GPTQ's on the same scales.
 
     Raises:
         ValueError: if shapes disagree.
@@ -77,6 +86,10 @@ def solve_refined(
     if options.scale_search is not ScaleSearch.GIVEN:
         found = _search(weight, hessians, factorization, scale.shape[2], grid, options)
         scale, zero_point = found[0].to(scale.dtype), found[1].to(zero_point.dtype)
+    if output_moments is not None:
+        return _solve_rows(
+            weight, hessians, factorization, output_moments, scale, zero_point, grid, options
+        )
     solution = round_columns(
         weight, factorization, scale, zero_point, grid, block_size=options.block_size
     )
@@ -92,6 +105,32 @@ def solve_refined(
     rounded = dequantize(codes, scale, zero_point, grid)
     loss = row_losses(weight.float() - rounded.float(), hessian)
     return Refined(Solution(rounded, loss, solution.is_nearest), scale, zero_point)
+
+
+def _solve_rows(
+    weight: torch.Tensor,
+    hessians: Sequence[torch.Tensor],
+    columns: Factorization,
+    output_moments: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    grid: Grid,
+    options: SolverOptions,
+) -> Refined:
+    """Round, refit and descend so that ``trace(G @ D @ H @ D.T)`` stays small."""
+    rows = factorize_rows(output_moments)
+    rounded = round_rows(
+        weight, columns, rows, scale, zero_point, grid, block_size=options.block_size
+    )
+    hessian, outputs = columns.damped(hessians), rows.damped(output_moments)
+    codes = quantize(rounded, scale, zero_point, grid)
+    for _ in range(options.rounds):
+        codes, scale = descend_rows(
+            weight, codes, scale, zero_point, hessian, outputs, columns.order, grid
+        )
+    rounded = dequantize(codes, scale, zero_point, grid)
+    loss = row_losses(weight.float() - rounded.float(), hessian)
+    return Refined(Solution(rounded, loss, columns.is_nearest), scale, zero_point)
 
 
 def _search(

@@ -65,11 +65,8 @@ class OutputGradients:
             seed: of the tokens that are drawn; a sequence draws the same in any batch.
         """
         device = next(model.parameters()).device
-        parameters = [p for p in model.parameters() if p.requires_grad]
         with ExitStack() as undo, torch.enable_grad():
-            for parameter in parameters:  # only activations need gradients
-                parameter.requires_grad = False
-            undo.callback(lambda: [p.requires_grad_() for p in parameters])
+            freeze(model, undo)
             router_inputs = self._listen(model, undo)
             for batch in batches:
                 if tokens_before + self.num_tokens >= max_tokens:
@@ -77,9 +74,9 @@ class OutputGradients:
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
                 self._keep = mask.flatten()
-                chances = _chances([row[kept] for row, kept in zip(ids, mask, strict=True)], seed)
+                chances = chances_of([row[kept] for row, kept in zip(ids, mask, strict=True)], seed)
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = _surprise(logits.flatten(0, -2)[self._keep], next(chances))
+                loss = surprise(logits.flatten(0, -2)[self._keep], next(chances))
                 if router_weight:
                     of_routers = self._router_surprise(router_inputs, chances)
                     loss = loss + router_weight**0.5 * of_routers
@@ -193,11 +190,25 @@ class OutputGradients:
             weight, bias = router.weight, getattr(router, "bias", None)
             assert isinstance(weight, torch.Tensor)  # every router scores with one matrix
             scores = nn.functional.linear(inputs.flatten(0, -2), weight.to(inputs.dtype), bias)
-            losses.append(_surprise(scores[self._keep], next(chances)))
+            losses.append(surprise(scores[self._keep], next(chances)))
         return torch.stack(losses).sum()
 
 
-def _chances(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+def num_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Return how many tokens of a batch are not padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def freeze(model: nn.Module, undo: ExitStack) -> None:
+    """Let only activations have gradients, until ``undo`` is closed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad = False
+    undo.callback(lambda: [p.requires_grad_() for p in parameters])
+
+
+def chances_of(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
     """Yield uniform numbers for all tokens of a batch, again and again: ``[tokens]``.
 
     They depend on the sequence and not on its batch, so that processes that form other batches of
@@ -217,7 +228,7 @@ def _chances(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
         )
 
 
-def _surprise(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+def surprise(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """Return minus the log-likelihood, summed, of one draw per row of ``[tokens, classes]``.
 
     Args:

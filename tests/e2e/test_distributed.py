@@ -99,13 +99,18 @@ def awq_record(directory):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
-def test_ranks_give_what_one_process_gives(family, world_size, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "world_size", "more"),
+    [
+        *((f, n, {}) for f in ("qwen3_moe", "mixtral", "deepseek_v2") for n in (2, 4)),
+        ("qwen3_moe", 3, {"row_feedback": True}),
+    ],
+)
+def test_ranks_give_what_one_process_gives(family, world_size, more, tmp_path):
     """But for rounding ties, that sums in another order tip: a tipped code changes what later
     layers see, so here they do not see it."""
     tiny_model(family, tmp_path / "model")
-    scheme = {"config_groups": int4(16), "host": {"propagate_error": False}}
+    scheme = {"config_groups": int4(16), "host": {"propagate_error": False}, **more}
     run(tmp_path / "model", tmp_path / "one", **scheme)
     run_on_ranks(world_size, tmp_path, tmp_path / "model", tmp_path / "many", **scheme)
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")

@@ -204,8 +204,9 @@ def test_data_in_changing_order_are_refused(model_path, tmp_path):
             "options": ["W3A16_G32", "W4A16_G32", "W8A16_G32"],
         },
         {"config_groups": int4(symmetric=False), "min_effective_tokens": 100.0},
+        {"preset": "best"},
     ],
-    ids=["own text", "budget", "starved"],
+    ids=["own text", "budget", "starved", "best"],
 )
 def test_every_kind_of_run_continues(settings, model_path, tmp_path, monkeypatch):
     """Stopped after two layers, by an exception as good as a kill: nothing is flushed after it."""

@@ -78,6 +78,9 @@ class Measurement:
         """Round and judge the linears that were called since the last layer."""
         rounding, names = self._halves.rounding, self._choices.names
         before, found_before = set(self._losses.by_name), set(self._interactions.found)
+        if self._rounding.outputs is not None:
+            observed = rounding.observations.values()
+            self._rounding.outputs.measure(linear for of in observed for linear in of.linears)
         # each rank rounds and judges its share; those of other ranks are gone from `rounding` then
         owners = self._halves.share_out() if is_distributed() else None
         with torch.no_grad(), disable_offloading():

@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
-from moeq_plugin.models.gradients import OutputGradients
+from moeq_plugin.models.gradients import OutputGradients, num_tokens
 from moeq_plugin.models.moe import MoELayer
 
 
@@ -36,7 +36,7 @@ def measure_row_weights(
         config: how many tokens, and what a router's choice counts.
         seed: of the tokens that the model draws.
     """
-    seen = sum(_num_tokens(batch) for batch in batches)
+    seen = sum(num_tokens(batch) for batch in batches)
     # the limit on tokens is that of all ranks: one has to know what those before it have used
     before, _ = ranks.over_ranks(Counter({0: seen}))
     gradients = OutputGradients(names, layers)
@@ -51,8 +51,3 @@ def measure_row_weights(
     if is_distributed():
         gradients.sum_over_processes(distributed.all_reduce)
     return gradients.row_weights()
-
-
-def _num_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())

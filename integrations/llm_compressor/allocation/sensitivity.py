@@ -33,6 +33,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_O
 from moeq_plugin.integrations.llm_compressor.allocation.row_weights import measure_row_weights
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import TrialRounding
+from moeq_plugin.integrations.llm_compressor.calibration.output_moments import OutputMoments
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.host import (
     listen_to_batches,
@@ -146,10 +147,11 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         report_progress(layer_progress("measure", (), self._choices.names.values()))
         # before the pass that is observed: the backward passes run the model too
         row_weights = self._row_weights(state) if self.config.gradient else None
+        outputs = self._output_moments(state) if self.row_feedback else None
         # the host caches its batches between this event and the first layer
         watch = PaddingWatch(state)
         listen_to_batches(watch, self._undo)
-        self._measurement = self._new_measurement(watch, domains, row_weights)
+        self._measurement = self._new_measurement(watch, domains, row_weights, outputs)
         self._measurement.begin(state.model, self._layers, self.register_hook)
 
     def on_sequential_epoch_end(
@@ -168,6 +170,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         watch: PaddingWatch,
         domains: Domains,
         row_weights: Mapping[nn.Linear, torch.Tensor] | None,
+        outputs: OutputMoments | None,
     ) -> Measurement:
         halves = Halves(
             watch,
@@ -181,6 +184,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
             solver=self.solver_options(),
+            outputs=outputs,
         )
         return Measurement(
             self._choices,
@@ -191,6 +195,12 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
             undercovered_tokens=self.config.undercovered_tokens,
             kept=self._kept.layers if self._kept is not None else None,
         )
+
+    def _output_moments(self, state: State) -> OutputMoments:
+        linears = {name: linear for linear, name in self._choices.names.items()}
+        outputs = OutputMoments(state.model, linears)
+        outputs.record(_calibration_data(state), self.seed)
+        return outputs
 
     def _row_weights(self, state: State) -> dict[nn.Linear, torch.Tensor]:
         def measure() -> dict[nn.Linear, torch.Tensor]:

@@ -18,6 +18,7 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
 )
+from moeq_plugin.integrations.llm_compressor.calibration.output_moments import OutputMoments
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks
 from moeq_plugin.records.run import Basis
 
@@ -32,6 +33,7 @@ class GuardedMoments:
         weight_sum: what to divide a loss by for a mean over tokens.
         basis: what the second moments rest on.
         effective_tokens: of the linears' own tokens.
+        outputs: what each of their outputs counts; ``None`` where all count alike and apart.
     """
 
     linears: Sequence[nn.Linear]
@@ -39,10 +41,13 @@ class GuardedMoments:
     weight_sum: float
     basis: Basis
     effective_tokens: float
+    outputs: OutputMoments | None
 
     def job(self, linears: list[nn.Linear], args: QuantizationArgs) -> Job:
         """Return what is solved to round some of the linears to one scheme."""
-        return Job(linears, args, self.hessian, self.weight_sum, self.basis, self.effective_tokens)
+        outputs = self.outputs.of(linears) if self.outputs is not None else None
+        tokens = self.effective_tokens
+        return Job(linears, args, self.hessian, self.weight_sum, self.basis, tokens, outputs)
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ class TrialRounding:
         min_effective_tokens: as for quantization.
         shrinkage: as for quantization.
         solver: as for quantization.
+        outputs: as for quantization.
     """
 
     min_effective_tokens: float | None
     shrinkage: float
     solver: SolverOptions
+    outputs: OutputMoments | None = None
 
     def guarded(self, observation: Observation, calibration: Calibration) -> GuardedMoments:
         """Return second moments that starve no expert.
@@ -73,7 +80,8 @@ class TrialRounding:
             shrinkage=self.shrinkage,
         )
         effective_tokens = observation.moments.effective_tokens
-        return GuardedMoments(observation.linears, hessian, weight_sum, basis, effective_tokens)
+        linears, outputs = observation.linears, self.outputs
+        return GuardedMoments(linears, hessian, weight_sum, basis, effective_tokens, outputs)
 
     def differences(
         self, option: Option, moments: Sequence[GuardedMoments]

@@ -54,6 +54,7 @@ class Request:
     min_effective_tokens: float | None
     shrinkage: float
     solver: SolverOptions
+    row_feedback: bool
 
     @classmethod
     def of(
@@ -95,6 +96,7 @@ class Request:
             min_effective_tokens=recipe.min_effective_tokens,
             shrinkage=recipe.shrinkage,
             solver=recipe.solver_options(),
+            row_feedback=recipe.row_feedback,
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
         preflight.check_untouched(model)

@@ -104,7 +104,7 @@ class RoutedModifier(RoutedRecipe):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Say in one line whether every linear was quantized as asked."""
-        self._record.run = run_facts(self._start.began)
+        self._record.run |= run_facts(self._start.began)
         for phases in self._phases:
             phases.close(state)
         self._undo.close()

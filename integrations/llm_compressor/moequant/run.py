@@ -20,6 +20,7 @@ from torch import nn
 from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
+from moeq_plugin.integrations.llm_compressor.calibration.output_moments import OutputMoments
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
@@ -80,6 +81,7 @@ class Run:
         self._args = {module: args for module, args in attached.items() if args is not None}
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
+        self._outputs: OutputMoments | None = None
         self._padding = PaddingWatch(state)
         self._calibration = request.calibration(self._padding)
         # only with schemes attached are the group sizes of all presets and patterns known
@@ -98,10 +100,16 @@ class Run:
         if not any(observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
             host.run_routed_tokens_only(model, self._undo)
+        if self._request.row_feedback:
+            # before finished layers are taken over: gradients are those of the model as it was, in
+            # a run that goes on as in one that begins
+            linears = {n: m for m, n in self._pending.items() if isinstance(m, nn.Linear)}
+            self._outputs = OutputMoments(model, linears)
+            self._outputs.record(host.calibration_batches(state), self._request.seed)
         self._restore()  # before hooks are registered: what is finished gets none
         report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
-        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
-        self._calibration.attach(model, layers, linears, self._host.register_hook)
+        observed = [m for m in self._pending if isinstance(m, nn.Linear)]
+        self._calibration.attach(model, layers, observed, self._host.register_hook)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
         """Quantize the layer that has just been calibrated.
@@ -144,6 +152,8 @@ class Run:
         unwell = any(self.record.count(basis) for basis in (Basis.NONE, Basis.FEW)) or self._pending
         num_targets = len(self.record.linears) + len(self._pending)
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
+        if self._outputs is not None:
+            self.record.run["row feedback"] = self._outputs.in_words()
         self._host.on_finalize(state)
 
     def _detach_pending(self) -> None:
@@ -166,6 +176,9 @@ class Run:
     def _solve_layer(self) -> None:
         """Quantize every linear observed since the last layer, with what all ranks have seen."""
         owners: dict[str, int] = {}
+        if self._outputs is not None:
+            observed = self._calibration.observations.values()
+            self._outputs.measure(x for observation in observed for x in observation.linears)
         # in this order: a rank that raises while others wait for it would leave them waiting, so
         # all have the same sums, and raise together, before any of them drops its share
         if is_distributed():
@@ -194,7 +207,8 @@ class Run:
                 by_scheme.setdefault(self._args[linear].model_dump_json(), []).append(linear)
             for linears in by_scheme.values():
                 args = self._args[linears[0]]
-                yield Job(linears, args, hessian, weight_sum, basis, effective_tokens)
+                outputs = self._outputs.of(linears) if self._outputs is not None else None
+                yield Job(linears, args, hessian, weight_sum, basis, effective_tokens, outputs)
 
     def _solve_stack(self, stack: list[Job]) -> None:
         if grid_of(stack[0].args) is None:

@@ -1,0 +1,69 @@
+"""Refit scales and improve codes where rows make up for each other.
+
+With all other rows held, the loss ``trace(G @ D @ H @ D.T)`` of a row is that of plain GPTQ for
+another target: ``q_i + (G @ D)_i / G_ii``, the point at which it would make up for all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moeq_plugin.core.code_descent import descend_codes
+from moeq_plugin.core.grid import Grid, dequantize
+from moeq_plugin.core.row_feedback import ROW_BLOCK
+from moeq_plugin.core.scale_refit import refit_scales
+
+
+def descend_rows(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    hessian: torch.Tensor,
+    output_moments: torch.Tensor,
+    order: torch.Tensor,
+    grid: Grid,
+    *,
+    row_block: int = ROW_BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and scales after each row has been refitted and descended once, in blocks.
+
+    Rows of a block move together as if the others of the block stood still; an expert keeps what a
+    block has done only if its loss falls.
+
+    Args:
+        weight: ``[experts, out, in]``.
+        codes: ``[experts, out, in]`` to start from.
+        scale: ``[experts, out, groups]``, not 0.
+        zero_point: ``[experts, out, groups]``, fixed.
+        hessian: ``[experts, in, in]`` float, positive definite.
+        output_moments: ``[experts, out, out]`` float, positive definite.
+        order: ``[experts, in]``, columns in turn, from the end as the solver takes them.
+        grid: the grid's description.
+        row_block: how many rows move together.
+
+    Returns:
+        ``[experts, out, in]`` int8 and ``[experts, out, groups]`` in the dtype of ``scale``.
+    """
+    codes, scale = codes.clone(), scale.clone()
+    points = dequantize(codes, scale, zero_point, grid).to(hessian.dtype)
+    change = weight.to(hessian.dtype) - points
+    num_rows = codes.shape[1]
+    stride = -(-num_rows // row_block)
+    for first in range(stride):
+        rows = slice(first, num_rows, stride)  # spread out: neighbours are the most alike
+        of_rows = output_moments[:, rows]
+        pull = of_rows @ change
+        own = of_rows[:, :, rows]
+        target = points[:, rows] + pull / own.diagonal(dim1=1, dim2=2)[..., None]
+        zeros = zero_point[:, rows]
+        new_scale = refit_scales(target, codes[:, rows], scale[:, rows], zeros, hessian, grid)
+        new_codes = descend_codes(target, codes[:, rows], new_scale, zeros, hessian, order, grid)
+        moved = dequantize(new_codes, new_scale, zeros, grid).to(hessian.dtype) - points[:, rows]
+        falls = ((own @ moved - 2 * pull) * (moved @ hessian)).sum((1, 2)) < 0
+        moved *= falls[:, None, None]
+        change[:, rows] -= moved
+        points[:, rows] += moved
+        codes[:, rows] = torch.where(falls[:, None, None], new_codes, codes[:, rows])
+        scale[:, rows] = torch.where(falls[:, None, None], new_scale, scale[:, rows])
+    return codes, scale
