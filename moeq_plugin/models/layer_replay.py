@@ -7,6 +7,7 @@ From these one layer after the other can be run again, and all its gradients be 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ class LayerReplay:
             device = next(layer.parameters()).device
             for call in self._calls.pop(layer):
                 args, kwargs = tree_map(lambda value: _flowing_again(value, device), call.arguments)
-                outputs = _flowing(layer(*args, **kwargs))
+                outputs = [leaf for leaf in tree_leaves(layer(*args, **kwargs)) if _flows(leaf)]
                 reached = {
                     outputs[index]: gradient.to(device)
                     for index, gradient in call.gradients.items()
@@ -114,13 +115,21 @@ class LayerReplay:
     def _note_call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[layer].append(_Call(tree_map(_kept, (args, kwargs))))
 
-    def _note_gradients(self, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        gradients = self._calls[layer][-1].gradients
-        for index, tensor in enumerate(_flowing(output)):
-            tensor.register_hook(
-                # bound now: the loop goes on before gradients come back
-                lambda gradient, index=index: gradients.update({index: gradient.cpu()})
-            )
+    def _note_gradients(self, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        """Return what a layer has returned, with hooks on it."""
+        gradients, indices = self._calls[layer][-1].gradients, itertools.count()
+
+        def listened(value: Any) -> Any:
+            if not _flows(value):
+                return value
+            index = next(indices)
+            # a view: what comes back to the tensor itself may come from inside of the layer too, as
+            # to the values that RWKV-7's first layer both uses and hands on
+            view = value.view_as(value)
+            view.register_hook(lambda gradient: gradients.update({index: gradient.cpu()}))
+            return view
+
+        return tree_map(listened, output)
 
     def _check_gradients(self) -> None:
         """Refuse a model that gradients do not come back through.
@@ -150,15 +159,12 @@ class _Flowing:
 
 def _kept(value: Any) -> Any:
     """Return what is kept of an argument: what differs from layer to layer, off the accelerator."""
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        return _Flowing(value.detach().cpu())
-    return value
+    return _Flowing(value.detach().cpu()) if _flows(value) else value
 
 
 def _flowing_again(value: Any, device: torch.device) -> Any:
     return value.tensor.to(device).requires_grad_() if isinstance(value, _Flowing) else value
 
 
-def _flowing(output: Any) -> list[torch.Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+def _flows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
