@@ -32,6 +32,7 @@ GRIDS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 
 NARROW, SIGNED = {"scale_search": "narrow"}, {"signed_scales": True}
 ROUNDS, DAMPED = {"refine_rounds": 2}, {"dampening_frac": 0.05}
+ROWS = {"row_feedback": True}
 CONDITIONAL, GROUP = {"scale_search": "conditional"}, {"scale_search": "group"}
 CONTENDERS: dict[str, dict[str, object]] = {
     "default": {},
@@ -56,6 +57,16 @@ CONTENDERS: dict[str, dict[str, object]] = {
     "signed, without damping": {**NARROW, **SIGNED, **ROUNDS},
     "signed, conditional for narrow": {**CONDITIONAL, **SIGNED, **ROUNDS, **DAMPED},
     "signed, group for narrow": {**GROUP, **SIGNED, **ROUNDS, **DAMPED},
+    # rows that make up for each other: all (the preset `best`), and one less
+    "signed + narrow + 2 rounds + damping + row feedback": {
+        **NARROW,
+        **SIGNED,
+        **ROUNDS,
+        **DAMPED,
+        **ROWS,
+    },
+    "row feedback, unsigned": {**NARROW, **ROUNDS, **DAMPED, **ROWS},
+    "row feedback, without rounds": {**NARROW, **SIGNED, **DAMPED, **ROWS},
 }
 
 

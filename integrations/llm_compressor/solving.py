@@ -21,6 +21,7 @@ from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.records.run import Basis
 
 _CPU_STACK_BYTES = 1 << 25  # larger stacks leave the caches and are no faster
+_CPU_ROW_STACK_BYTES = 1 << 28  # where rows are rounded in blocks, a block is what caches hold
 _ACCELERATOR_SHARE = 0.25  # of the free memory
 # what the host completes a scheme with that names no observer
 _DEFAULT_OBSERVERS = (None, "memoryless_minmax")
@@ -73,9 +74,10 @@ def stacks(
         # and what a refinement holds beside them: errors, their product with the Hessian, codes
         copies = 4 if options.is_plain else 9
         job_bytes = 4 * columns * (2 * columns + copies * rows)
-        if any(job.output_moments is not None for job in members):
+        in_blocks = any(job.output_moments is not None for job in members)
+        if in_blocks:
             job_bytes += 4 * rows * (3 * rows + 3 * columns)  # their factor; what is passed on
-        fitting = max(1, _stack_bytes(members[0].hessian.device) // job_bytes)
+        fitting = max(1, _stack_bytes(members[0].hessian.device, in_blocks) // job_bytes)
         size = min(fitting, max_jobs or fitting)
         while members:
             stack = members[:size]
@@ -83,9 +85,9 @@ def stacks(
             yield stack
 
 
-def _stack_bytes(device: torch.device) -> int:
+def _stack_bytes(device: torch.device, in_blocks: bool) -> int:
     if device.type == "cpu":
-        return _CPU_STACK_BYTES
+        return _CPU_ROW_STACK_BYTES if in_blocks else _CPU_STACK_BYTES
     free, _total = torch.accelerator.get_memory_info(device)
     return int(free * _ACCELERATOR_SHARE)
 

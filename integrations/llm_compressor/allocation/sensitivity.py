@@ -121,6 +121,8 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         """
         preflight.count_tokens(_calibration_data(state), state.model)
         preflight.check_finite_weights(state.model)
+        if self.row_feedback:
+            preflight.check_backward_pass(state.model)
         self._layers = linear_moe_layers(state.model)
         self._choices = Choices.of(
             state.model,

@@ -42,6 +42,7 @@ class Request:
         min_effective_tokens: likewise.
         shrinkage: likewise.
         solver: how weights are rounded.
+        row_feedback: whether rows make up for each other in it.
     """
 
     modifier: str
@@ -84,6 +85,8 @@ class Request:
         preflight.check_targets(model, targets)
         preflight.warn_of_ignored(model, stock.ignore)
         preflight.check_groups(model, stock.resolved_config.config_groups)
+        if recipe.row_feedback:
+            preflight.check_backward_pass(model)
         kept = preflight.kept_by_default(model, layers, targets)
         request = cls(
             modifier=type(recipe).__name__,

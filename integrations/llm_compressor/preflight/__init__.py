@@ -8,6 +8,7 @@ from moeq_plugin.integrations.llm_compressor.preflight.data import (
 )
 from moeq_plugin.integrations.llm_compressor.preflight.group_sizes import check_group_sizes
 from moeq_plugin.integrations.llm_compressor.preflight.model import (
+    check_backward_pass,
     check_finite_weights,
     check_merged,
     check_sequential_targets,
@@ -29,6 +30,7 @@ __all__ = [
     "TokenCount",
     "check_alone",
     "check_arguments",
+    "check_backward_pass",
     "check_data",
     "check_finite_weights",
     "check_group_sizes",

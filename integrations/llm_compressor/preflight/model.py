@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.quantization import QuantizationMetadata
 from compressed_tensors.utils import match_named_modules
 from torch import nn
@@ -57,6 +58,33 @@ def check_merged(model: nn.Module) -> None:
             f"the model has adapters that are not merged{listed}: merge the adapter first, with "
             "PEFT's model = model.merge_and_unload()"
         )
+
+
+def check_backward_pass(model: nn.Module) -> None:
+    """Refuse a model that no backward pass can be run through, which ``row_feedback`` needs.
+
+    Raises:
+        ValueError: naming the weights that are not in memory, or what the model lacks.
+    """
+    away = [
+        name
+        for name, module in model.named_modules()
+        if get_offloaded_device(module, torch.device("cpu")) == "disk"
+        or any(parameter.is_meta for parameter in module.parameters(recurse=False))
+    ]
+    if away:
+        raise ValueError(
+            "row_feedback runs one backward pass through the whole model at once, but the weights "
+            f"of {len(away)} modules are not in memory, such as {away[0]}: load the model without "
+            "offloading to disk, or leave row_feedback off"
+        )
+    try:
+        model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"row_feedback runs a backward pass down to the token embedding, which "
+            f"{type(model).__name__} does not name (get_input_embeddings): leave row_feedback off"
+        ) from error
 
 
 def check_sequential_targets(model: nn.Module, layers: list[MoELayer]) -> None:
