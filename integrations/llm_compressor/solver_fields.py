@@ -45,12 +45,16 @@ class SolverFields(FrozenFields):
             code without a counterpart on the side that needs it. Which readers were seen to take
             such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
+        corrected_target: round weights that make up for what was rounded before them: q, k and v of
+            a layer first, then the attention's output, then gate and up, then down, each against
+            what the 16-bit model computes for the same tokens. Sensitivities are measured without.
     """
 
     preset: Preset = Preset.BALANCED
     scale_search: ScaleSearch = ScaleSearch.GIVEN
     signed_scales: bool = False
     refine_rounds: int = Field(default=0, ge=0)
+    corrected_target: bool = False
     # of the host's GPTQModifier, where a subclass is one
     block_size: int = 128
     dampening_frac: float | None = 0.01

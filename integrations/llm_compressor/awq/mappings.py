@@ -13,7 +13,7 @@ from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.awq.decoders import (
+from moeq_plugin.models.decoders import (
     DecoderLayer,
     Named,
     decoder_layers,

@@ -22,6 +22,9 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import (
 )
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
+from moeq_plugin.integrations.llm_compressor.two_streams.correction import correct
+from moeq_plugin.integrations.llm_compressor.two_streams.counterpart import Counterpart
+from moeq_plugin.integrations.llm_compressor.two_streams.paired import PairedCalibration
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.run import Basis
 
@@ -42,6 +45,7 @@ class Request:
         min_effective_tokens: likewise.
         shrinkage: likewise.
         solver: how weights are rounded.
+        corrected_target: see :class:`SolverFields`.
     """
 
     modifier: str
@@ -54,6 +58,7 @@ class Request:
     min_effective_tokens: float | None
     shrinkage: float
     solver: SolverOptions
+    corrected_target: bool
 
     @classmethod
     def of(
@@ -95,6 +100,7 @@ class Request:
             min_effective_tokens=recipe.min_effective_tokens,
             shrinkage=recipe.shrinkage,
             solver=recipe.solver_options(),
+            corrected_target=recipe.corrected_target,
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
         preflight.check_untouched(model)
@@ -130,6 +136,18 @@ class Request:
             padding=padding,
         )
 
+    def paired_calibration(
+        self, padding: PaddingWatch, counterpart: Counterpart
+    ) -> PairedCalibration:
+        """Return what measures second moments beside those of the 16-bit stream."""
+        return PairedCalibration(
+            counterpart,
+            affinity_power=self.affinity_power,
+            weight_gate_proj=self.weight_gate_proj,
+            seed=self.seed,
+            padding=padding,
+        )
+
     def guard(
         self, observation: Observation, calibration: Calibration
     ) -> tuple[torch.Tensor, float, Basis]:
@@ -137,6 +155,16 @@ class Request:
         return guard(
             observation,
             calibration,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
+
+    def correct(self, observation: Observation, hessian: torch.Tensor, basis: Basis) -> None:
+        """Correct weights against the 16-bit stream; see :func:`correct`."""
+        correct(
+            observation,
+            hessian,
+            basis,
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
         )

@@ -20,6 +20,7 @@ from torch import nn
 from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
+from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
@@ -32,8 +33,11 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
     weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
+from moeq_plugin.integrations.llm_compressor.two_streams.paired import PairedCalibration
+from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStreams
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
-from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.models.decoders import all_decoder_layers
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
@@ -100,7 +104,12 @@ class Run:
             host.run_routed_tokens_only(model, self._undo)
         self._restore()  # before hooks are registered: what is finished gets none
         report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
-        linears = [m for m in self._pending if isinstance(m, nn.Linear)]
+        self._streams = self._two_streams(model, layers)
+        linears = [
+            m
+            for m in self._pending
+            if isinstance(m, nn.Linear) and not (self._streams and self._streams.covers(m))
+        ]
         self._calibration.attach(model, layers, linears, self._host.register_hook)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
@@ -115,6 +124,10 @@ class Run:
         modules = [module for module in modules if module not in self._restored]
         event = Event(type_=EventType.SEQUENTIAL_EPOCH_END)
         self._host.on_sequential_epoch_end(state, event, modules)  # comes to _solve_layer
+        if self._streams is not None:
+            with disable_offloading():
+                for calibration in self._streams.stages(state, state.model, modules):
+                    self._solve(calibration)
         finished = self.record.linears[num_before:]
         if not finished:
             return
@@ -146,6 +159,19 @@ class Run:
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
         self._host.on_finalize(state)
 
+    def _two_streams(self, model: nn.Module, layers: list[MoELayer]) -> TwoStreams | None:
+        if not self._request.corrected_target:
+            return None
+        streams = TwoStreams(
+            all_decoder_layers(model),
+            layers,
+            self._pending,
+            lambda counterpart: self._request.paired_calibration(self._padding, counterpart),
+            self._host,
+        )
+        streams.attach()
+        return streams
+
     def _detach_pending(self) -> None:
         """After a failure: leave what was not quantized as it was before the run."""
         for module in self._pending:
@@ -164,30 +190,36 @@ class Run:
             logger.info(f"{len(self._restored)} linears taken over from {self._kept_state.path}")
 
     def _solve_layer(self) -> None:
-        """Quantize every linear observed since the last layer, with what all ranks have seen."""
+        """Quantize every linear observed since the last layer."""
+        self._solve(self._calibration)
+
+    def _solve(self, calibration: Calibration) -> None:
+        """Quantize every linear of an observation, with what all ranks have seen."""
         owners: dict[str, int] = {}
         # in this order: a rank that raises while others wait for it would leave them waiting, so
         # all have the same sums, and raise together, before any of them drops its share
         if is_distributed():
-            rank_moments.sum_over_ranks(self._calibration, self._names)
-        self._calibration.check_finite(self._names)
+            rank_moments.sum_over_ranks(calibration, self._names)
+        calibration.check_finite(self._names)
         if is_distributed():
-            owners = rank_moments.keep_own_share(self._calibration, self._names)
+            owners = rank_moments.keep_own_share(calibration, self._names)
         num_before = len(self.record.linears)
         with torch.no_grad(), disable_offloading():
-            for stack in stacks(self._jobs(), self._max_stack(), self._request.solver):
+            for stack in stacks(self._jobs(calibration), self._max_stack(), self._request.solver):
                 self._solve_stack(stack)
             if is_distributed():
                 self._exchange(owners, num_before)
-        self._calibration.clear_layer()
+        calibration.clear_layer()
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self, calibration: Calibration) -> Iterator[Job]:
         """Guard and give away each observation; one job per weight scheme among its linears."""
-        observations = self._calibration.observations
+        observations = calibration.observations
         while observations:
             # given away, so that second moments are freed as their stack is solved
             _, observation = observations.popitem()
-            hessian, weight_sum, basis = self._request.guard(observation, self._calibration)
+            hessian, weight_sum, basis = self._request.guard(observation, calibration)
+            if isinstance(calibration, PairedCalibration):
+                self._request.correct(observation, hessian, basis)
             effective_tokens = observation.moments.effective_tokens
             by_scheme: dict[str, list[nn.Linear]] = {}
             for linear in observation.linears:
