@@ -264,16 +264,6 @@ def declare_data(modifier: Modifier, has_data: bool, undo: ExitStack) -> None:
     undo.enter_context(patch_attr(modifier, "requires_calibration_data", has_data))
 
 
-def offload_device() -> torch.device:
-    """Return where the sequential pipeline keeps what goes from layer to layer.
-
-    Upstream would have to put it into ``state``.
-    """
-    running = _running.get()
-    arguments = running.oneshot.dataset_args if running is not None else DatasetArguments()
-    return torch.device(arguments.sequential_offload_device)
-
-
 def run_pass(
     modifier: Modifier, state: State, data: DataLoader[Dataset], *, propagate_error: bool = True
 ) -> None:

@@ -26,8 +26,8 @@ class PairedMoments(SecondMoments):
 
     Attributes:
         cross: ``[in, in]`` float32, ``2 * sum_t a_t * outer(x~_t - x_t, x_t)``.
-        residual: ``[out, in]`` float32, ``2 * sum_t a_t * outer(r_t, x_t)``; ``[0, in]`` for linears
-            that do not write to the residual stream.
+        residual: ``[out, in]`` float32, ``2 * sum_t a_t * outer(r_t, x_t)``; ``[0, in]`` for
+            linears that do not write to the residual stream.
     """
 
     cross: torch.Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,21 +128,17 @@ class Request:
         decided = {"scheme": None, "config_groups": dict(groups)}
         return replace(self, host_fields={**self.host_fields, **decided})
 
-    def calibration(self, padding: PaddingWatch) -> Calibration:
-        """Return what measures second moments as asked for."""
-        return Calibration(
-            affinity_power=self.affinity_power,
-            weight_gate_proj=self.weight_gate_proj,
-            seed=self.seed,
-            padding=padding,
-        )
+    def calibration(
+        self, padding: PaddingWatch, counterpart: Counterpart | None = None
+    ) -> Calibration:
+        """Return what measures second moments as asked for.
 
-    def paired_calibration(
-        self, padding: PaddingWatch, counterpart: Counterpart
-    ) -> PairedCalibration:
-        """Return what measures second moments beside those of the 16-bit stream."""
-        return PairedCalibration(
-            counterpart,
+        Args:
+            padding: knows which tokens do not count.
+            counterpart: the 16-bit stream to measure them against, if there is one.
+        """
+        make = Calibration if counterpart is None else partial(PairedCalibration, counterpart)
+        return make(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,
             seed=self.seed,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,9 +18,10 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
+from moeq_plugin.core.corrected_target import PairedMoments
 from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
-from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments, ranks
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
@@ -33,11 +35,10 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
     weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
-from moeq_plugin.integrations.llm_compressor.two_streams.paired import PairedCalibration
+from moeq_plugin.integrations.llm_compressor.two_streams.begin import begin_streams
 from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStreams
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
-from moeq_plugin.models.decoders import all_decoder_layers
-from moeq_plugin.models.moe import MoELayer, find_moe_layers
+from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
@@ -84,6 +85,9 @@ class Run:
         self._args = {module: args for module, args in attached.items() if args is not None}
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
+        # finished before, but still with their 16-bit weights, and the number each was kept under
+        self._kept_for: dict[nn.Module, int] = {}
+        self._streams: TwoStreams | None = None  # with a corrected target only
         self._padding = PaddingWatch(state)
         self._calibration = request.calibration(self._padding)
         # only with schemes attached are the group sizes of all presets and patterns known
@@ -102,14 +106,15 @@ class Run:
         if not any(observes_activations(module) for module in self._pending):
             # a token that is not routed has weight zero: do not compute what will not count
             host.run_routed_tokens_only(model, self._undo)
-        self._restore()  # before hooks are registered: what is finished gets none
+        if self._request.corrected_target:
+            new_calibration = partial(self._request.calibration, self._padding)
+            self._streams = begin_streams(
+                model, layers, self._names, new_calibration, self._host, self.record
+            )
+        in_stages = self._streams.covered() if self._streams is not None else set()
+        self._restore(in_stages)  # before hooks are registered: what is finished gets none
         report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
-        self._streams = self._two_streams(model, layers)
-        linears = [
-            m
-            for m in self._pending
-            if isinstance(m, nn.Linear) and not (self._streams and self._streams.covers(m))
-        ]
+        linears = [m for m in self._pending if isinstance(m, nn.Linear) and m not in in_stages]
         self._calibration.attach(model, layers, linears, self._host.register_hook)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
@@ -125,9 +130,7 @@ class Run:
         event = Event(type_=EventType.SEQUENTIAL_EPOCH_END)
         self._host.on_sequential_epoch_end(state, event, modules)  # comes to _solve_layer
         if self._streams is not None:
-            with disable_offloading():
-                for calibration in self._streams.stages(state, state.model, modules):
-                    self._solve(calibration)
+            self._solve_stages(self._streams, state, modules)
         finished = self.record.linears[num_before:]
         if not finished:
             return
@@ -159,39 +162,46 @@ class Run:
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
         self._host.on_finalize(state)
 
-    def _two_streams(self, model: nn.Module, layers: list[MoELayer]) -> TwoStreams | None:
-        if not self._request.corrected_target:
-            return None
-        streams = TwoStreams(
-            all_decoder_layers(model),
-            layers,
-            self._pending,
-            lambda counterpart: self._request.paired_calibration(self._padding, counterpart),
-            self._host,
-        )
-        streams.attach()
-        return streams
-
     def _detach_pending(self) -> None:
         """After a failure: leave what was not quantized as it was before the run."""
         for module in self._pending:
             detach_scheme(module)
 
-    def _restore(self) -> None:
-        """Take over what an earlier process has finished; it runs along and is not observed."""
+    def _restore(self, later: Container[nn.Module]) -> None:
+        """Take over what an earlier process has finished; it runs along and is not observed.
+
+        Args:
+            later: modules whose 16-bit weights are still needed, until their layer is finished.
+        """
         if self._kept_state is None:
             return
         modules = {name: module for module, name in self._names.items()}
-        self.record.linears += self._kept_state.restore(modules)
-        self._restored = {modules[record.name] for record in self.record.linears}
+        for number, records in self._kept_state.restore(modules, later).items():
+            self.record.linears += records
+            self._kept_for.update({modules[r.name]: number for r in records})
+        self._restored = set(self._kept_for)
         for module in self._restored:
             del self._pending[module]
+        self._kept_for = {m: number for m, number in self._kept_for.items() if m in later}
         if self._restored:
             logger.info(f"{len(self._restored)} linears taken over from {self._kept_state.path}")
 
     def _solve_layer(self) -> None:
-        """Quantize every linear observed since the last layer."""
+        """Quantize what was observed since the last layer."""
         self._solve(self._calibration)
+
+    def _solve_stages(self, streams: TwoStreams, state: State, modules: list[nn.Module]) -> None:
+        """Quantize a decoder layer stage by stage, or put in what an earlier process made of it."""
+        with disable_offloading():
+            for calibration in streams.stages(state, self._pending, modules):
+                self._solve(calibration)
+            of_layer = {child for module in modules for child in module.children()}
+            numbers = {self._kept_for.pop(m) for m in of_layer & self._kept_for.keys()}
+            if self._kept_state is not None and numbers:
+                ranks.wait_for_all()  # some may still be running the layer as it was
+                for number in sorted(numbers):
+                    self._kept_state.put(number, {name: m for m, name in self._names.items()})
+            streams.leave(modules)
 
     def _solve(self, calibration: Calibration) -> None:
         """Quantize every linear of an observation, with what all ranks have seen."""
@@ -218,7 +228,7 @@ class Run:
             # given away, so that second moments are freed as their stack is solved
             _, observation = observations.popitem()
             hessian, weight_sum, basis = self._request.guard(observation, calibration)
-            if isinstance(calibration, PairedCalibration):
+            if isinstance(observation.moments, PairedMoments):
                 self._request.correct(observation, hessian, basis)
             effective_tokens = observation.moments.effective_tokens
             by_scheme: dict[str, list[nn.Linear]] = {}

@@ -85,7 +85,8 @@ class Counterpart:
         if position is None or position.expert is None:
             return self._theirs[linear]
         # an expert of the 16-bit model may not have received these tokens: its router is another
-        expert, noted = position.layer.expert(position.expert), {}
+        noted: dict[nn.Module, torch.Tensor] = {}
+        expert = position.layer.expert(position.expert)
         with self._originals.at_work(expert), inputs_of([linear], noted), stopping(linear):
             expert(self._theirs[self._mlp][tokens])
         return noted[linear]
@@ -93,7 +94,7 @@ class Counterpart:
     def residual(
         self, position: Position | None, tokens: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Return ``[tokens, hidden]``, what the 16-bit stream has more before the linear adds to it.
+        """Return ``[tokens, hidden]``, what the 16-bit stream has more where the output is added.
 
         Of a MoE block all experts of a token make up for it together, each by as much as it takes
         if all do the same.

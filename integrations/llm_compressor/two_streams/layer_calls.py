@@ -11,7 +11,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import nn
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """A layer has run as far as it had to."""
 
 
@@ -77,11 +77,11 @@ def stopping(module: nn.Module | None) -> Iterator[None]:
         return
 
     def stop(_module: nn.Module, _args: object) -> None:
-        raise _Reached
+        raise _ReachedError
 
     handle = module.register_forward_pre_hook(stop)
     try:
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(_ReachedError):
             yield
     finally:
         handle.remove()

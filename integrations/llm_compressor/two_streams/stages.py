@@ -1,4 +1,4 @@
-"""In which order the linears of a decoder layer are rounded: that in which they depend on others."""
+"""In which order the linears of a decoder layer are rounded: that in which it computes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,11 @@ def stages_of(layer: DecoderLayer, targeted: Collection[nn.Module]) -> list[Stag
     """
     out = layer.attention.child("o_proj").module
     readers = [getattr(layer.attention.module, name, None) for name in ATTENTION_READERS]
-    first, inside, last = [], [], []
-    for linear in _linears(layer.attention.module, targeted):
-        (last if linear is out else first if linear in readers else inside).append(linear)
-    reading, writing = [], []
+    attention = _linears(layer.attention.module, targeted)
+    first = [linear for linear in attention if linear in readers]
+    inside = [linear for linear in attention if linear not in readers and linear is not out]
+    mlp_linears = _linears(layer.mlp.module, targeted)
     downs = {getattr(part, "down_proj", None) for part in layer.mlp.module.modules()}
-    for linear in _linears(layer.mlp.module, targeted):
-        (writing if linear in downs else reading).append(linear)
     norm, mlp = layer.mlp_norm.module, layer.mlp.module
     experts = getattr(mlp, "experts", None)
     routed = set(experts.modules()) if isinstance(experts, nn.Module) else set()
@@ -60,9 +58,9 @@ def stages_of(layer: DecoderLayer, targeted: Collection[nn.Module]) -> list[Stag
     return [
         stage(first, until=out),
         stage(inside, until=out),
-        stage(last, until=norm, residual=layer.attention_norm.module),
-        stage(reading, source=mlp),
-        stage(writing, residual=norm),
+        stage([linear for linear in attention if linear is out], until=norm, residual=layer.attention_norm.module),
+        stage([linear for linear in mlp_linears if linear not in downs], source=mlp),
+        stage([linear for linear in mlp_linears if linear in downs], residual=norm),
     ]
 
 
