@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container
 
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -21,7 +21,7 @@ from moeq_plugin.records.run import RunRecord
 def begin_streams(
     model: nn.Module,
     moe_layers: list[MoELayer],
-    targeted: Mapping[nn.Module, str],
+    targeted: Container[nn.Module],
     new_calibration: NewCalibration,
     modifier: Modifier,
     record: RunRecord,
@@ -39,23 +39,26 @@ def begin_streams(
         modifier: the host's.
         record: gets the reason, in ``uncorrected``.
     """
-    foreign = [
-        name
-        for name, module in model.named_modules()
-        if scheme_of(module) is not None and module not in targeted
-    ]
     try:
         layers = all_decoder_layers(model)
+        _check_16_bit(model, targeted)
     except UnsupportedModelError as error:
-        reason = str(error)
-    else:
-        reason = f"{foreign[0]} was quantized before, so that no 16-bit stream is left"
-        if not foreign:
-            streams = TwoStreams(
-                model, layers, moe_layers, new_calibration, modifier, record.uncorrected
+        logger.warning(f"no corrected target: {error}")
+        record.uncorrected["model"] = str(error)
+        return None
+    streams = TwoStreams(model, layers, moe_layers, new_calibration, modifier, record.uncorrected)
+    streams.attach()
+    return streams
+
+
+def _check_16_bit(model: nn.Module, targeted: Container[nn.Module]) -> None:
+    """Refuse a model of which others have quantized a part.
+
+    Raises:
+        UnsupportedModelError: naming the first of them.
+    """
+    for name, module in model.named_modules():
+        if scheme_of(module) is not None and module not in targeted:
+            raise UnsupportedModelError(
+                f"{name} was quantized before, so that there is no 16-bit stream to round against"
             )
-            streams.attach()
-            return streams
-    logger.warning(f"no corrected target: {reason}")
-    record.uncorrected["model"] = reason
-    return None

@@ -58,7 +58,11 @@ def stages_of(layer: DecoderLayer, targeted: Collection[nn.Module]) -> list[Stag
     return [
         stage(first, until=out),
         stage(inside, until=out),
-        stage([linear for linear in attention if linear is out], until=norm, residual=layer.attention_norm.module),
+        stage(
+            [linear for linear in attention if linear is out],
+            until=norm,
+            residual=layer.attention_norm.module,
+        ),
         stage([linear for linear in mlp_linears if linear not in downs], source=mlp),
         stage([linear for linear in mlp_linears if linear in downs], residual=norm),
     ]

@@ -17,7 +17,10 @@ from torch import nn
 
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration import ranks
-from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
+from moeq_plugin.integrations.llm_compressor.calibration.observations import (
+    Calibration,
+    RegisterHook,
+)
 from moeq_plugin.integrations.llm_compressor.two_streams.counterpart import Counterpart
 from moeq_plugin.integrations.llm_compressor.two_streams.layer_calls import LayerCalls
 from moeq_plugin.integrations.llm_compressor.two_streams.originals import Originals
@@ -70,10 +73,10 @@ class TwoStreams:
 
     def attach(self) -> None:
         """Register the hooks that note what layers are called with."""
+        register: RegisterHook = self._modifier.register_hook
         for layer in self._layers:
             self._calls[layer] = LayerCalls(layer, self._offload_device)
-            note = self._calls[layer].note
-            self._modifier.register_hook(layer, note, "forward_pre", with_kwargs=True)
+            register(layer, self._calls[layer].note, "forward_pre", with_kwargs=True)
 
     def covered(self) -> set[nn.Module]:
         """Return the modules that stages observe, as far as they are targeted."""
