@@ -32,6 +32,7 @@ GRIDS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 
 NARROW, SIGNED = {"scale_search": "narrow"}, {"signed_scales": True}
 ROUNDS, DAMPED = {"refine_rounds": 2}, {"dampening_frac": 0.05}
+CORRECTED = {"corrected_target": True}
 CONDITIONAL, GROUP = {"scale_search": "conditional"}, {"scale_search": "group"}
 CONTENDERS: dict[str, dict[str, object]] = {
     "default": {},
@@ -56,6 +57,16 @@ CONTENDERS: dict[str, dict[str, object]] = {
     "signed, without damping": {**NARROW, **SIGNED, **ROUNDS},
     "signed, conditional for narrow": {**CONDITIONAL, **SIGNED, **ROUNDS, **DAMPED},
     "signed, group for narrow": {**GROUP, **SIGNED, **ROUNDS, **DAMPED},
+    # with the 16-bit stream beside the quantized one
+    "corrected target": CORRECTED,
+    "corrected + narrow + 2 rounds + damping": {**CORRECTED, **NARROW, **ROUNDS, **DAMPED},
+    "corrected + signed + narrow + 2 rounds + damping": {
+        **CORRECTED,
+        **NARROW,
+        **SIGNED,
+        **ROUNDS,
+        **DAMPED,
+    },
 }
 
 
