@@ -100,7 +100,9 @@ class Expected:
             shared = torch.zeros(len(hidden)).double()
             if block.shared_expert is not None:
                 gate = block.shared_gate
-                shared += 1 if gate is None else torch.sigmoid(hidden @ gate.weight.double().T)[:, 0]
+                shared += (
+                    1 if gate is None else torch.sigmoid(hidden @ gate.weight.double().T)[:, 0]
+                )
             total = combine.sum(1) + shared
             weights = shared
             if ".experts." in name:
