@@ -32,7 +32,7 @@ def run(directory, family="qwen3_moe", recipe=None, data=None, host=None, **sett
 
 
 def test_where_the_streams_are_equal_nothing_changes(tmp_path):
-    """The first layer's attention receives what it does in 16 bit, and is solved bit by bit alike."""
+    """The first layer's attention receives what it does in 16 bit: alike, bit by bit."""
     models = [run(tmp_path, corrected_target=asked)[1].state_dict() for asked in (False, True)]
     for name in QKV:
         assert torch.equal(*(model[name] for model in models)), name
