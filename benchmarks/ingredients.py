@@ -33,7 +33,9 @@ GRIDS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 NARROW, SIGNED = {"scale_search": "narrow"}, {"signed_scales": True}
 ROUNDS, DAMPED = {"refine_rounds": 2}, {"dampening_frac": 0.05}
 ROWS = {"row_feedback": True}
+CORRECTED = {"corrected_target": True}
 CONDITIONAL, GROUP = {"scale_search": "conditional"}, {"scale_search": "group"}
+BALANCED = {**NARROW, **SIGNED, **ROUNDS, **DAMPED}
 CONTENDERS: dict[str, dict[str, object]] = {
     "default": {},
     # one alone
@@ -52,33 +54,37 @@ CONTENDERS: dict[str, dict[str, object]] = {
     "conditional for narrow": {**CONDITIONAL, **ROUNDS, **DAMPED},
     "group for narrow": {**GROUP, **ROUNDS, **DAMPED},
     # signed scales: likewise
-    "signed + narrow + 2 rounds + damping": {**NARROW, **SIGNED, **ROUNDS, **DAMPED},
+    "signed + narrow + 2 rounds + damping": BALANCED,
     "signed, without rounds": {**NARROW, **SIGNED, **DAMPED},
     "signed, without damping": {**NARROW, **SIGNED, **ROUNDS},
     "signed, conditional for narrow": {**CONDITIONAL, **SIGNED, **ROUNDS, **DAMPED},
     "signed, group for narrow": {**GROUP, **SIGNED, **ROUNDS, **DAMPED},
-    # rows that make up for each other: all (the preset `best`), and one less
-    "signed + narrow + 2 rounds + damping + row feedback": {
-        **NARROW,
-        **SIGNED,
-        **ROUNDS,
-        **DAMPED,
-        **ROWS,
-    },
+    # with the 16-bit stream beside the quantized one
+    "corrected target": CORRECTED,
+    "corrected + narrow + 2 rounds + damping": {**CORRECTED, **NARROW, **ROUNDS, **DAMPED},
+    "corrected + signed + narrow + 2 rounds + damping": {**CORRECTED, **BALANCED},
+    # rows that make up for each other, and one less
+    "signed + narrow + 2 rounds + damping + row feedback": {**BALANCED, **ROWS},
     "row feedback, unsigned": {**NARROW, **ROUNDS, **DAMPED, **ROWS},
     "row feedback, without rounds": {**NARROW, **SIGNED, **DAMPED, **ROWS},
+    # all of it
+    "corrected + row feedback": {**BALANCED, **CORRECTED, **ROWS},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=[corpus.name for corpus in corpora()])
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
     done = {(r["seed"], r["model"], r["grid"], r["contender"]) for r in runs}
-    cases = itertools.product(range(arguments.seeds), corpora(), GRIDS, CONTENDERS)
+    models = [corpus for corpus in corpora() if corpus.name in arguments.models]
+    names = arguments.contenders
+    cases = itertools.product(range(arguments.seeds), models, GRIDS, names)
     for seed, corpus, grid, contender in cases:
         if (seed, corpus.name, grid, contender) in done:
             continue
@@ -100,7 +106,10 @@ def run(corpus: Corpus, grid: str, seed: int, contender: str) -> dict[str, objec
     oneshot(
         model=model,
         recipe=MoEQuantModifier(
-            config_groups={"group_0": group}, ignore=["lm_head"], **CONTENDERS[contender]
+            config_groups={"group_0": group},
+            ignore=["lm_head"],
+            preset="fast",
+            **CONTENDERS[contender],
         ),
         dataset=dataset,
         num_calibration_samples=SEQUENCES,

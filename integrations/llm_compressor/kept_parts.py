@@ -68,15 +68,22 @@ class KeptParts:
             raise ValueError(
                 f"{gone} is not there any more; delete {self._directory} to start anew"
             )
-        for number, path in enumerate(paths):
-            try:
-                part = self._read(number)
-            except Exception as error:  # it was whole when it appeared: somebody changed it since
-                raise ValueError(
-                    f"{path} was changed after it had been kept ({error}); delete "
-                    f"{self._directory} to start anew"
-                ) from error
-            yield part
+        for number in range(len(paths)):
+            yield self.part(number)
+
+    def part(self, number: int) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Return what is said of a part, and its tensors.
+
+        Raises:
+            ValueError: if its file is not what was kept.
+        """
+        try:
+            return self._read(number)
+        except Exception as error:  # it was whole when it appeared: somebody changed it since
+            raise ValueError(
+                f"{self._path(number)} was changed after it had been kept ({error}); delete "
+                f"{self._directory} to start anew"
+            ) from error
 
     def _read(self, number: int) -> tuple[Any, dict[str, torch.Tensor]]:
         with safe_open(self._path(number), framework="pt") as file:

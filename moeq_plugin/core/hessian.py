@@ -136,13 +136,20 @@ def shrink_toward(
     Returns:
         ``[in, in]`` Hessian; its scale is that of a mean, which GPTQ does not care about.
     """
-    effective = moments.effective_tokens
-    if effective == 0:
+    own = own_share(moments, min_effective_tokens=min_effective_tokens, shrinkage=shrinkage)
+    if own == 0:
         return layer_moments.mean()
-    missing = shrinkage * max(0.0, min_effective_tokens - effective)
-    if missing == 0 or layer_moments.effective_tokens == 0:
+    if own == 1 or layer_moments.effective_tokens == 0:
         return moments.mean()
-    own_share = effective / (effective + missing)
-    mixed = moments.hessian * (own_share / moments.weight_sum.item())
-    layer_share = (1 - own_share) / layer_moments.weight_sum.item()
+    mixed = moments.hessian * (own / moments.weight_sum.item())
+    layer_share = (1 - own) / layer_moments.weight_sum.item()
     return mixed.add_(layer_moments.hessian, alpha=layer_share)
+
+
+def own_share(
+    moments: SecondMoments, *, min_effective_tokens: float, shrinkage: float = 1.0
+) -> float:
+    """Return ``n / (n + m)`` of :func:`shrink_toward`, whose arguments these are."""
+    effective = moments.effective_tokens
+    missing = shrinkage * max(0.0, min_effective_tokens - effective)
+    return effective / (effective + missing) if effective > 0 else 0.0

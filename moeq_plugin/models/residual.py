@@ -17,7 +17,7 @@ from torch import nn
 
 from moeq_plugin.models.moe import MoELayer, UnsupportedModelError, find_moe_layers
 
-_ATTENTION_READERS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")
+ATTENTION_READERS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")
 _MLP_READERS = ("gate_proj", "up_proj")
 # behind the first projections of attention: q-k norms, DeepSeek's compressed q and kv, sinks
 _INSIDE_ATTENTION = (
@@ -77,7 +77,7 @@ def find_residual_stream(model: nn.Module) -> ResidualStream:
         if not before_attention or not before_mlp:
             continue  # its norms are reported as unknown
         mlp_readers, mlp_writers = _of_mlp(mlp, moe_layers.get(mlp))
-        reads.append(NormedRead(before_attention[0], _children(attention, _ATTENTION_READERS)))
+        reads.append(NormedRead(before_attention[0], _children(attention, ATTENTION_READERS)))
         reads.append(NormedRead(before_mlp[0], mlp_readers))
         writers += [*_children(attention, ("o_proj",)), *mlp_writers]
         inside += _children(attention, _INSIDE_ATTENTION)

@@ -65,6 +65,8 @@ class RunRecord:
         smoothed: scales that were moved between modules, by the module whose output shrank: what
             the choice rests on and its loss before and after.
         left_out: modules whose output was not scaled, and why.
+        uncorrected: decoder layers that were rounded without the corrected target that was asked
+            for, and why; ``model`` where it is all of them.
         clipped: linears whose outliers were clamped: loss after as a share of the loss before.
         bits_per_weight: of the quantized weights with all that is stored for them, where known.
         model: name or path of the model before quantization, empty where unknown.
@@ -82,6 +84,7 @@ class RunRecord:
     uniformity: dict[str, dict[str, Any]] = field(default_factory=dict)
     smoothed: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    uncorrected: dict[str, str] = field(default_factory=dict)
     clipped: dict[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
     model: str = ""

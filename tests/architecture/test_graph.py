@@ -14,7 +14,7 @@ HERE = "integrations/llm_compressor/"
 LEVELS = (
     {"frozen_fields", "host", "kept_parts", "one_run", "schemes", "unfinished"},
     {"calibration", "checkpoint", "places", "recipe", "solver_fields"},
-    {"preflight", "solving", "self_sampling"},
+    {"preflight", "solving", "self_sampling", "two_streams"},
     {"allocation", "awq", "rotation"},
     {"moequant"},
     {"rwkv"},

@@ -72,6 +72,10 @@ def mse(num_bits):
     return {"config_groups": groups}
 
 
+UNEVEN = {
+    "coarse": {**int4(16, num_bits=2)["group_0"], "targets": ["re:.*experts.*"]},
+    "fine": {**int4(16, num_bits=8)["group_0"], "targets": ["re:.*self_attn.*"]},
+}
 # name -> family, changes of its config, recipe, data
 CASES = {
     **{f"stock GPTQ {family}": (family, {}, stock, None) for family in FAMILIES},
@@ -118,6 +122,14 @@ CASES = {
     "AWQ": ("qwen2_moe", {}, lambda: [MoEQuantAWQModifier(n_grid=4), *ours()], None),
     "AWQ of latent attention": (
         "deepseek_v2", {}, lambda: [MoEQuantAWQModifier(n_grid=4), *ours()], None,
+    ),
+    "corrected target": ("qwen3_moe", {}, lambda: ours(**grid(2), corrected_target=True), None),
+    "fine codes that make up for coarse ones": (
+        "qwen2_moe", {}, lambda: ours(config_groups=UNEVEN, corrected_target=True), None,
+    ),
+    "AWQ, corrected target": (
+        "qwen2_moe", {},
+        lambda: [MoEQuantAWQModifier(n_grid=4), *ours(**grid(3), corrected_target=True)], None,
     ),
     "REAP": (
         "mixtral", {}, lambda: [REAPPruningModifier(sparsity=0.5), *ours()], None,

@@ -205,8 +205,15 @@ def test_data_in_changing_order_are_refused(model_path, tmp_path):
         },
         {"config_groups": int4(symmetric=False), "min_effective_tokens": 100.0},
         {"preset": "best"},
+        {"config_groups": int4(num_bits=3), "corrected_target": True},
+        {
+            "config_groups": None,
+            "bits_per_weight": 5.0,
+            "options": ["W3A16_G32", "W4A16_G32", "W8A16_G32"],
+            "corrected_target": True,
+        },
     ],
-    ids=["own text", "budget", "starved", "best"],
+    ids=["own text", "budget", "starved", "best", "corrected", "budget, corrected"],
 )
 def test_every_kind_of_run_continues(settings, model_path, tmp_path, monkeypatch):
     """Stopped after two layers, by an exception as good as a kill: nothing is flushed after it."""

@@ -13,17 +13,17 @@ from llmcompressor.modifiers.transform.awq.mappings import ResolvedMapping
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
-from moeq_plugin.integrations.llm_compressor.awq.decoders import (
-    DecoderLayer,
-    Named,
-    decoder_layers,
-)
 from moeq_plugin.integrations.llm_compressor.awq.probes import (
     commutes,
     reads_through,
     scales_with_weight,
 )
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args, weight_of
+from moeq_plugin.models.decoders import (
+    DecoderLayer,
+    Named,
+    decoder_layers,
+)
 from moeq_plugin.models.moe import MoELayer
 
 # what an attention module may own beside the linears that read its input and o_proj

@@ -115,6 +115,10 @@ class Calibration:
         """Return where a linear sits, ``None`` outside MoE layers."""
         return self._positions.get(linear)
 
+    def no_tokens(self, linear: nn.Linear, num_inputs: int, device: torch.device) -> SecondMoments:
+        """Return moments of a linear that has seen no token."""
+        return SecondMoments.zeros(num_inputs, device)
+
     def samples_by_name(self) -> dict[str, TokenSample]:
         """Return the samples by the names of their layers."""
         return {
@@ -193,15 +197,19 @@ class Calibration:
             if is_new:
                 self.observations[leader].linears.append(linear)
             return
-        position = self._positions.get(linear)
         if linear not in self.observations:
-            moments = SecondMoments.zeros(inputs.shape[-1], inputs.device)
+            moments = self.no_tokens(linear, inputs.shape[-1], inputs.device)
+            position = self._positions.get(linear)
             self.observations[linear] = Observation(moments, [linear], position)
-        rows, weights = self._weigh(inputs.flatten(0, -2), position)
+        power = self.affinity_power if weighted else 0.0
+        self._add(self.observations[linear], inputs.flatten(0, -2), power)
+
+    def _add(self, observation: Observation, inputs: torch.Tensor, power: float) -> None:
+        """Add ``[tokens, in]`` inputs, as the observation's first linear receives them."""
+        rows, weights = self._weigh(inputs, observation.position)
         if weights is not None:
-            power = self.affinity_power if weighted else 0.0
             weights = weights.float().abs().pow(power)
-        self.observations[linear].moments.add(rows, weights)
+        observation.moments.add(rows, weights)
 
     def _is_gate_proj(self, linear: nn.Linear) -> bool:
         parent = self._parents.get(linear)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from compressed_tensors.offload import update_offload_parameter
 from torch import distributed, nn
 
-from moeq_plugin.core.hessian import SecondMoments
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
@@ -48,7 +47,8 @@ def sum_over_ranks(calibration: Calibration, names: Mapping[nn.Module, str]) -> 
         linears = [modules[name] for name in seen.linears]
         observation = calibration.observations.get(modules[leader])
         if observation is None:  # an expert that got no token on this rank
-            moments = SecondMoments.zeros(seen.columns, linears[0].weight.device)
+            device = linears[0].weight.device
+            moments = calibration.no_tokens(linears[0], seen.columns, device)
             observation = Observation(moments, linears, calibration.position_of(linears[0]))
             calibration.observations[modules[leader]] = observation
         for tensor in vars(observation.moments).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from moeq_plugin.integrations.llm_compressor.calibration.observations import (
 )
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.routed_recipe import RoutedRecipe
+from moeq_plugin.integrations.llm_compressor.two_streams.correction import correct
+from moeq_plugin.integrations.llm_compressor.two_streams.counterpart import Counterpart
+from moeq_plugin.integrations.llm_compressor.two_streams.paired import PairedCalibration
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.run import Basis
 
@@ -43,6 +47,7 @@ class Request:
         shrinkage: likewise.
         solver: how weights are rounded.
         row_feedback: whether rows make up for each other in it.
+        corrected_target: see :class:`SolverFields`.
     """
 
     modifier: str
@@ -56,6 +61,7 @@ class Request:
     shrinkage: float
     solver: SolverOptions
     row_feedback: bool
+    corrected_target: bool
 
     @classmethod
     def of(
@@ -100,6 +106,7 @@ class Request:
             shrinkage=recipe.shrinkage,
             solver=recipe.solver_options(),
             row_feedback=recipe.row_feedback,
+            corrected_target=recipe.corrected_target,
         ).ignoring(kept)
         preflight.check_not_quantized(request.targeted(model))
         preflight.check_untouched(model)
@@ -126,9 +133,17 @@ class Request:
         decided = {"scheme": None, "config_groups": dict(groups)}
         return replace(self, host_fields={**self.host_fields, **decided})
 
-    def calibration(self, padding: PaddingWatch) -> Calibration:
-        """Return what measures second moments as asked for."""
-        return Calibration(
+    def calibration(
+        self, padding: PaddingWatch, counterpart: Counterpart | None = None
+    ) -> Calibration:
+        """Return what measures second moments as asked for.
+
+        Args:
+            padding: knows which tokens do not count.
+            counterpart: the 16-bit stream to measure them against, if there is one.
+        """
+        make = Calibration if counterpart is None else partial(PairedCalibration, counterpart)
+        return make(
             affinity_power=self.affinity_power,
             weight_gate_proj=self.weight_gate_proj,
             seed=self.seed,
@@ -142,6 +157,16 @@ class Request:
         return guard(
             observation,
             calibration,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+        )
+
+    def correct(self, observation: Observation, hessian: torch.Tensor, basis: Basis) -> None:
+        """Correct weights against the 16-bit stream; see :func:`correct`."""
+        correct(
+            observation,
+            hessian,
+            basis,
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
         )

@@ -124,6 +124,8 @@ class RoutedModifier(RoutedRecipe):
         preflight.check_merged(state.model)
         preflight.check_alone(self, state.model, layers)
         preflight.check_sequential_targets(state.model, layers)
+        if self.corrected_target:
+            preflight.check_layer_by_layer(state.model)
         preflight.check_saving(state.model, layers)
         places.stage_running_output()
         tokens = preflight.TokenCount(0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,9 +18,11 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
+from moeq_plugin.core.corrected_target import PairedMoments
 from moeq_plugin.core.factorization import revive_dead_columns
 from moeq_plugin.integrations.llm_compressor import host, preflight, recipe
-from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
+from moeq_plugin.integrations.llm_compressor.calibration import rank_moments, ranks
+from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.output_moments import OutputMoments
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
@@ -33,6 +36,8 @@ from moeq_plugin.integrations.llm_compressor.schemes import (
     weight_of,
 )
 from moeq_plugin.integrations.llm_compressor.solving import Job, solve_stack, stacks, write
+from moeq_plugin.integrations.llm_compressor.two_streams.begin import begin_streams
+from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStreams
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.progress import quantize_progress, report_progress
@@ -82,6 +87,9 @@ class Run:
         self._pending = {module: self._names[module] for module in self._args}
         self._restored: set[nn.Module] = set()
         self._outputs: OutputMoments | None = None
+        # finished before, but still with their 16-bit weights, and the number each was kept under
+        self._kept_for: dict[nn.Module, int] = {}
+        self._streams: TwoStreams | None = None  # with a corrected target only
         self._padding = PaddingWatch(state)
         self._calibration = request.calibration(self._padding)
         # only with schemes attached are the group sizes of all presets and patterns known
@@ -106,9 +114,15 @@ class Run:
             linears = {n: m for m, n in self._pending.items() if isinstance(m, nn.Linear)}
             self._outputs = OutputMoments(model, linears)
             self._outputs.record(host.calibration_batches(state), self._request.seed)
-        self._restore()  # before hooks are registered: what is finished gets none
+        if self._request.corrected_target:
+            new_calibration = partial(self._request.calibration, self._padding)
+            self._streams = begin_streams(
+                model, layers, self._names, new_calibration, self._host, self.record
+            )
+        in_stages = self._streams.covered() if self._streams is not None else set()
+        self._restore(in_stages)  # before hooks are registered: what is finished gets none
         report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
-        observed = [m for m in self._pending if isinstance(m, nn.Linear)]
+        observed = [m for m in self._pending if isinstance(m, nn.Linear) and m not in in_stages]
         self._calibration.attach(model, layers, observed, self._host.register_hook)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
@@ -123,6 +137,8 @@ class Run:
         modules = [module for module in modules if module not in self._restored]
         event = Event(type_=EventType.SEQUENTIAL_EPOCH_END)
         self._host.on_sequential_epoch_end(state, event, modules)  # comes to _solve_layer
+        if self._streams is not None:
+            self._solve_stages(self._streams, state, modules)
         finished = self.record.linears[num_before:]
         if not finished:
             return
@@ -161,46 +177,73 @@ class Run:
         for module in self._pending:
             detach_scheme(module)
 
-    def _restore(self) -> None:
-        """Take over what an earlier process has finished; it runs along and is not observed."""
+    def _restore(self, later: Container[nn.Module]) -> None:
+        """Take over what an earlier process has finished; it runs along and is not observed.
+
+        Args:
+            later: modules whose 16-bit weights are still needed, until their layer is finished.
+        """
         if self._kept_state is None:
             return
         modules = {name: module for module, name in self._names.items()}
-        self.record.linears += self._kept_state.restore(modules)
-        self._restored = {modules[record.name] for record in self.record.linears}
+        for number, records in self._kept_state.restore(modules, later).items():
+            self.record.linears += records
+            self._kept_for.update({modules[r.name]: number for r in records})
+        self._restored = set(self._kept_for)
         for module in self._restored:
             del self._pending[module]
+        self._kept_for = {m: number for m, number in self._kept_for.items() if m in later}
         if self._restored:
             logger.info(f"{len(self._restored)} linears taken over from {self._kept_state.path}")
 
     def _solve_layer(self) -> None:
-        """Quantize every linear observed since the last layer, with what all ranks have seen."""
+        """Quantize what was observed since the last layer."""
+        self._solve(self._calibration)
+
+    def _solve_stages(self, streams: TwoStreams, state: State, modules: list[nn.Module]) -> None:
+        """Quantize a decoder layer stage by stage, or put in what an earlier process made of it."""
+        with disable_offloading():
+            for calibration in streams.stages(state, self._pending, modules):
+                self._solve(calibration)
+            of_layer = {child for module in modules for child in module.children()}
+            numbers = {self._kept_for.pop(m) for m in of_layer & self._kept_for.keys()}
+            if self._kept_state is not None and numbers:
+                ranks.wait_for_all()  # some may still be running the layer as it was
+                for number in sorted(numbers):
+                    self._kept_state.put(number, {name: m for m, name in self._names.items()})
+            streams.leave(modules)
+
+    def _solve(self, calibration: Calibration) -> None:
+        """Quantize every linear of an observation, with what all ranks have seen."""
         owners: dict[str, int] = {}
         if self._outputs is not None:
-            observed = self._calibration.observations.values()
+            # of the whole layer, before the first of its stages
+            observed = calibration.observations.values()
             self._outputs.measure(x for observation in observed for x in observation.linears)
         # in this order: a rank that raises while others wait for it would leave them waiting, so
         # all have the same sums, and raise together, before any of them drops its share
         if is_distributed():
-            rank_moments.sum_over_ranks(self._calibration, self._names)
-        self._calibration.check_finite(self._names)
+            rank_moments.sum_over_ranks(calibration, self._names)
+        calibration.check_finite(self._names)
         if is_distributed():
-            owners = rank_moments.keep_own_share(self._calibration, self._names)
+            owners = rank_moments.keep_own_share(calibration, self._names)
         num_before = len(self.record.linears)
         with torch.no_grad(), disable_offloading():
-            for stack in stacks(self._jobs(), self._max_stack(), self._request.solver):
+            for stack in stacks(self._jobs(calibration), self._max_stack(), self._request.solver):
                 self._solve_stack(stack)
             if is_distributed():
                 self._exchange(owners, num_before)
-        self._calibration.clear_layer()
+        calibration.clear_layer()
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self, calibration: Calibration) -> Iterator[Job]:
         """Guard and give away each observation; one job per weight scheme among its linears."""
-        observations = self._calibration.observations
+        observations = calibration.observations
         while observations:
             # given away, so that second moments are freed as their stack is solved
             _, observation = observations.popitem()
-            hessian, weight_sum, basis = self._request.guard(observation, self._calibration)
+            hessian, weight_sum, basis = self._request.guard(observation, calibration)
+            if isinstance(observation.moments, PairedMoments):
+                self._request.correct(observation, hessian, basis)
             effective_tokens = observation.moments.effective_tokens
             by_scheme: dict[str, list[nn.Linear]] = {}
             for linear in observation.linears:

@@ -9,12 +9,13 @@ is refused and not built upon.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import update_offload_parameter
 from torch import nn
@@ -135,24 +136,50 @@ class RunState:
         }
         self._layers.keep([asdict(record) for record in records], tensors)
 
-    def restore(self, modules: Mapping[str, nn.Module]) -> list[LinearRecord]:
+    def restore(
+        self, modules: Mapping[str, nn.Module], later: Container[nn.Module] = ()
+    ) -> dict[int, list[LinearRecord]]:
         """Put everything that was kept into the modules; return the records in their order.
 
         Args:
             modules: the linears by name, schemes attached.
+            later: modules that keep their weights until they are :meth:`put`.
+
+        Returns:
+            Records by the number of what was finished at once.
 
         Raises:
             ValueError: if a file is not what was kept.
         """
-        records = []
-        for entries, tensors in self._layers:
-            records += [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in entries]
-            for key, tensor in tensors.items():
-                name, _, parameter = key.rpartition(".")
-                mark_changed(modules[name])
-                update_offload_parameter(modules[name], parameter, tensor)
+        records = {}
+        for number, (entries, tensors) in enumerate(self._layers):
+            records[number] = [
+                LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in entries
+            ]
+            if not any(modules[record.name] in later for record in records[number]):
+                _put(tensors, modules)
         return records
+
+    def put(self, number: int, modules: Mapping[str, nn.Module]) -> None:
+        """Put what was finished at once into the modules.
+
+        Args:
+            number: as of :meth:`restore`.
+            modules: the linears by name, schemes attached.
+
+        Raises:
+            ValueError: if the file is not what was kept.
+        """
+        _about, tensors = self._layers.part(number)
+        _put(tensors, modules)
 
     def _digest(self) -> str:
         """Return what belongs to this run and to no other."""
         return run_digest(json.loads(json.dumps(self._run)))
+
+
+def _put(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]) -> None:
+    for key, tensor in tensors.items():
+        name, _, parameter = key.rpartition(".")
+        mark_changed(modules[name])
+        update_offload_parameter(modules[name], parameter, tensor)

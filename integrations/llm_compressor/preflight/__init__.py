@@ -25,6 +25,7 @@ from moeq_plugin.integrations.llm_compressor.preflight.targets import (
     kept_by_default,
     warn_of_ignored,
 )
+from moeq_plugin.integrations.llm_compressor.preflight.two_streams import check_layer_by_layer
 
 __all__ = [
     "TokenCount",
@@ -35,6 +36,7 @@ __all__ = [
     "check_finite_weights",
     "check_group_sizes",
     "check_groups",
+    "check_layer_by_layer",
     "check_merged",
     "check_not_quantized",
     "check_saving",

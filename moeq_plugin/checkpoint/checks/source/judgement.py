@@ -27,20 +27,18 @@ def is_unrelated(rounding: Rounding) -> bool:
     return float(whole.ww) > 0 and not float(whole.cosine()) > _UNRELATED
 
 
-def damage(rounding: Rounding, *, is_rescaled: bool = False) -> str | None:
-    """Return what rounding cannot have done to a weight, ``None`` if it may all be rounding.
+def loss_of_all(rounding: Rounding) -> str | None:
+    """Return what neither rounding nor a correction does to a weight, a row or a column.
 
     Args:
         rounding: what was done.
-        is_rescaled: whether the original was fitted to the weight, so that slopes say nothing of
-            the whole and its columns.
+
+    Returns:
+        What is lost of all that there was, ``None`` if nothing is.
     """
     whole, rows = rounding.whole(), rounding.rows()
     if not float(whole.ww):
         return "the source's weight is zero, this one is not" if float(whole.qq) else None
-    excess, predicted = float(whole.excess()), float(whole.predicted())
-    clipped = _SLOPE + predicted**2 + (0.1 if is_rescaled else 0.0)
-    slope, offset = float(whole.slope()), float(whole.mean_offset())
     if is_unrelated(rounding):
         return f"its cosine with the source's is {float(whole.cosine()):.2f}"
     dead = _num_dead(rows)
@@ -49,6 +47,24 @@ def damage(rounding: Rounding, *, is_rescaled: bool = False) -> str | None:
     dead = _num_dead(rounding.columns)
     if dead > 0.02 * len(rounding.columns.ww):  # GPTQ zeroes columns whose input is always zero
         return f"{dead} of {len(rounding.columns.ww)} columns are zero, and not in the source"
+    return None
+
+
+def damage(rounding: Rounding, *, is_rescaled: bool = False) -> str | None:
+    """Return what rounding cannot have done to a weight, ``None`` if it may all be rounding.
+
+    Args:
+        rounding: what was done.
+        is_rescaled: whether the original was fitted to the weight, so that slopes say nothing of
+            the whole and its columns.
+    """
+    lost = loss_of_all(rounding)
+    whole, rows = rounding.whole(), rounding.rows()
+    if lost or not float(whole.ww):
+        return lost
+    excess, predicted = float(whole.excess()), float(whole.predicted())
+    clipped = _SLOPE + predicted**2 + (0.1 if is_rescaled else 0.0)
+    slope, offset = float(whole.slope()), float(whole.mean_offset())
     if not is_rescaled and not abs(slope - 1) <= clipped:
         return f"it is {slope:.3g} times the source's, at most {clipped:.2g} off 1 is rounding"
     if not abs(offset) <= _OFFSET:

@@ -8,7 +8,7 @@ import torch
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
 from moeq_plugin.checkpoint.checks.source import rescaled, rotated
-from moeq_plugin.checkpoint.checks.source.judgement import damage, is_unrelated
+from moeq_plugin.checkpoint.checks.source.judgement import damage, is_unrelated, loss_of_all
 from moeq_plugin.checkpoint.checks.source.originals import Originals, plain_name
 from moeq_plugin.checkpoint.checks.source.recipe import Rewrites
 from moeq_plugin.checkpoint.checks.source.rounding import Rounding
@@ -51,6 +51,8 @@ def judge(layout: Layout, linear: Linear, originals: Originals, rewrites: Rewrit
 def _compare(
     layout: Layout, linear: Linear, original: torch.Tensor, originals: Originals, rewrites: Rewrites
 ) -> Verdict:
+    if rewrites.corrected and layout.stored[linear.name] is not None:
+        return _corrected(layout, linear, original, rewrites)
     if rewrites.rotated:
         what = _rotated(layout, linear, original, originals, rewrites)
         if what is not None:
@@ -65,6 +67,16 @@ def _compare(
     else:
         what = damage(rounding)
     return Verdict(linear, what or "", is_unrelated(rounding))
+
+
+def _corrected(
+    layout: Layout, linear: Linear, original: torch.Tensor, rewrites: Rewrites
+) -> Verdict:
+    """A linear of fine codes may make up for coarse ones by much more than a step of its grid."""
+    if rewrites.rotated or rewrites.rescaled:
+        return Verdict(linear)  # nothing is left that both would leave as it was
+    rounding = rounding_of(layout, linear, original)
+    return Verdict(linear, loss_of_all(rounding) or "", is_unrelated(rounding))
 
 
 def _unequal(

@@ -17,6 +17,8 @@ _PRUNED_WEIGHTS = {
     "SparseGPTModifier", "WandaPruningModifier", "MagnitudePruningModifier",
     "ConstantPruningModifier",
 }  # fmt: skip
+# a field of ours: what is rounded is not the source's weight but what makes up for earlier rounding
+_CORRECTED = re.compile(r"^[ \t]*(corrected_target):[ \t]*true[ \t]*$", re.M)
 _MAX_BYTES = 1 << 22
 
 
@@ -29,23 +31,27 @@ class Rewrites:
         rotated: turned what passes between layers.
         pruned_experts: removed experts.
         pruned_weights: set weights to zero.
+        corrected: fields that made quantized weights make up for what was rounded before them.
     """
 
     rescaled: tuple[str, ...] = ()
     rotated: tuple[str, ...] = ()
     pruned_experts: tuple[str, ...] = ()
     pruned_weights: tuple[str, ...] = ()
+    corrected: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
-        """Return the modifiers after which weights are no longer those of the source."""
-        return sorted({*self.rescaled, *self.rotated, *self.pruned_weights})
+        """Return the modifiers, or fields, after which weights are no longer the source's."""
+        return sorted({*self.rescaled, *self.rotated, *self.pruned_weights, *self.corrected})
 
 
 def read_rewrites(directory: Path) -> Rewrites:
-    """Return what ``recipe.yaml`` names, if the host wrote one; its values are not looked at."""
+    """Return what ``recipe.yaml`` names, if the host wrote one; values matter of one field only."""
     recipe = directory / "recipe.yaml"
     if not recipe.is_file() or recipe.stat().st_size > _MAX_BYTES:
         return Rewrites()
-    named = set(re.findall(r"^[ \t]*(\w{1,80}):", recipe.read_text(errors="replace"), re.M))
+    content = recipe.read_text(errors="replace")
+    named = set(re.findall(r"^[ \t]*(\w{1,80}):", content, re.M))
     kinds = (_RESCALED, _ROTATED, _PRUNED_EXPERTS, _PRUNED_WEIGHTS)
-    return Rewrites(*(tuple(sorted(named & kind)) for kind in kinds))
+    corrected = tuple(sorted(set(_CORRECTED.findall(content))))
+    return Rewrites(*(tuple(sorted(named & kind)) for kind in kinds), corrected)

@@ -30,12 +30,14 @@ class DecoderLayer:
     """The parts of a decoder layer.
 
     Attributes:
+        whole: the layer itself.
         attention_norm: read by the attention alone.
         attention: owns ``o_proj``.
         mlp_norm: read by the MLP or MoE block alone.
         mlp: the MLP or MoE block.
     """
 
+    whole: Named
     attention_norm: Named
     attention: Named
     mlp_norm: Named
@@ -65,6 +67,30 @@ def decoder_layers(model: nn.Module, layers: list[MoELayer]) -> Iterator[Decoder
         yield _decoder_layer(name, model.get_submodule(name))
 
 
+def all_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """Return the decoder layers of a model in order of execution, of dense models too.
+
+    Raises:
+        UnsupportedModelError: if there are none, or one has parts whose place is not known.
+    """
+    stacks = [
+        (name, stack)
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList)
+        and any(hasattr(part, "o_proj") for layer in stack for part in layer.children())
+    ]
+    if not stacks:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no stack of layers with an attention module that has "
+            "o_proj"
+        )
+    return [
+        _decoder_layer(f"{name}.{index}", layer)
+        for name, stack in stacks
+        for index, layer in stack.named_children()
+    ]
+
+
 def _decoder_layer(name: str, module: nn.Module) -> DecoderLayer:
     children = dict(module.named_children())
     attention = [n for n, child in children.items() if hasattr(child, "o_proj")]
@@ -77,4 +103,5 @@ def _decoder_layer(name: str, module: nn.Module) -> DecoderLayer:
             "architecture (llmcompressor.modifiers.transform.awq.AWQMapping)."
         )
     in_order = (NORM_NAMES[0], attention[0], NORM_NAMES[1], mlp[0])
-    return DecoderLayer(*(Named(f"{name}.{child}", children[child]) for child in in_order))
+    parts = (Named(f"{name}.{child}", children[child]) for child in in_order)
+    return DecoderLayer(Named(name, module), *parts)
