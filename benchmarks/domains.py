@@ -76,11 +76,11 @@ def is_dense(corpus: Corpus) -> bool:
 
 def sets(corpus: Corpus, seed: int) -> Iterator[tuple[str, Set]]:
     """Yield the name of every set and what makes it."""
-    for kind in kinds(corpus):
-        yield kind.name, lambda _, kind=kind: kind.calibration_set(SEQUENCES, LENGTH, seed)
     yield "mixture", lambda _: mixture(corpus, seed)
     yield "sampled", partial(sampled, corpus, seed, prompt=0)
     yield "continued", partial(sampled, corpus, seed, prompt=PROMPT)
+    for kind in kinds(corpus):
+        yield kind.name, lambda _, kind=kind: kind.calibration_set(SEQUENCES, LENGTH, seed)
     if not is_dense(corpus):
         tokenizer = AutoTokenizer.from_pretrained(corpus.model)
         balanced = {"tau": 0.3, "num_sequences": SEQUENCES, "seq_len": LENGTH, "seed": seed}
