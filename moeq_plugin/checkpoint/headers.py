@@ -163,7 +163,13 @@ def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTe
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in BITS or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if (
+        not isinstance(dtype, str)
+        or dtype not in BITS
+        or not _counts(shape)
+        or not _counts(offsets)
+        or len(offsets) != 2
+    ):
         raise UnreadableFileError(f"{path.name}: {name!r} has no known dtype, shape or offsets")
     num_bytes = offsets[1] - offsets[0]
     if num_bytes * 8 != math.prod(shape) * BITS[dtype]:
@@ -178,7 +184,7 @@ def _counts(value: Any) -> bool:
     """Tell whether a value is a short list of numbers that a file can hold."""
     if not isinstance(value, list) or len(value) > 8:
         return False
-    for number in value:  # of every tensor, so no generator
+    for number in value:  # noqa: SIM110 - of every tensor, so no generator
         if type(number) is not int or not 0 <= number < _MAX_COUNT:
             return False
     return True
