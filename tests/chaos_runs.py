@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from tqdm import tqdm
 
 KILLS = int(os.environ.get("MOEQ_CHAOS_KILLS", "2"))  # per mode; 40 in all before a release
 LAYERS = 3
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 OPTIONS = ["W3A16_G32", "W4A16_G32", "W8A16_G32"]
 ROUNDING = {"config_groups": int4(), "ignore": ["lm_head", "re:.*gate$"]}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -29,7 +33,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "budget": {"MoEQuantModifier": {"bits_per_weight": 5.0, "options": OPTIONS}},
     "awq": {"MoEQuantAWQModifier": {"n_grid": 3}, "QuantizationModifier": ROUNDING},
 }
-MODES = (*RECIPES, "rwkv", "convert", "sample")
+MODES = (*RECIPES, "rwkv", "ranks", "convert", "sample")
+IN_PYTHON = {"rwkv", "ranks"}  # without a command line, so that a refusal is a traceback
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,32 @@ def start(mode: str, place: Place, prepare: Callable[[], object] = lambda: None)
         os._exit(code)
 
 
+def kill(child: int, choose: Callable[[list[int]], int]) -> None:
+    """Kill a run, or one of the processes that it consists of; return when all are gone.
+
+    Args:
+        child: the run.
+        choose: takes one of several processes.
+    """
+    beside = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+    processes = [child, *map(int, beside)]
+    os.kill(choose(processes), signal.SIGKILL)
+    wait(child)
+    while any(map(_is_running, processes[1:])):
+        time.sleep(0.01)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 def _run(mode: str, place: Place) -> int:
+    if mode == "ranks":
+        return _run_ranks(place)
     if mode == "rwkv":
         from quantize_case import quantize
 
@@ -116,6 +146,47 @@ def _run(mode: str, place: Place) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def _run_ranks(place: Place) -> int:
+    """Run two ranks, and end both where one ends badly, as a launcher does."""
+    rendezvous = place.source / f"rendezvous-{os.getpid()}-{time.monotonic_ns()}"
+    ranks = [_start_rank(rank, rendezvous, place) for rank in range(2)]
+    codes = []
+    while ranks:
+        ended, status = os.wait()
+        ranks.remove(ended)
+        codes.append(os.waitstatus_to_exitcode(status))
+        for rank in ranks if codes[-1] else []:
+            os.kill(rank, signal.SIGKILL)
+    return 70 if any(codes) else 0
+
+
+def _start_rank(rank: int, rendezvous: Path, place: Place) -> int:
+    launcher = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        # whoever kills the launcher kills the ranks
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() == launcher:
+            import torch
+            from test_distributed import run
+            from torch import distributed
+
+            torch.set_num_threads(1)
+            method = f"file://{rendezvous}"
+            distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
+            run(place.source / "model", place.out, work_dir=str(place.work))
+            distributed.destroy_process_group()
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def wait(child: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from compressed_tensors.distributed import is_distributed
 from compressed_tensors.utils import patch_attr
 from loguru import logger
 from torch import nn
@@ -16,15 +15,16 @@ from moeq_plugin.files.publish import staged
 from moeq_plugin.files.room import check_room
 from moeq_plugin.files.stage import is_stage, published_as
 from moeq_plugin.integrations.llm_compressor.host import enter_for_oneshot, running_oneshot
+from moeq_plugin.integrations.llm_compressor.one_rank import entered_by_one
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args, weight_of
 
 
 def stage_running_output() -> None:
-    """Check the output directory of the running ``oneshot`` and keep it for this process.
+    """Check the output directory of the running ``oneshot`` and keep it for this run.
 
     The host tells it to no modifier; an error after hours of calibration would be worse than
     looking it up. All that ``oneshot`` saves appears there by one rename when it ends, tokenizer
-    and all. Ranks write to one directory together, which is only checked.
+    and all; ranks write to one directory together.
     """
     running = running_oneshot()
     if running is None:
@@ -34,10 +34,10 @@ def stage_running_output() -> None:
         )
     elif running.output_dir:
         output_dir = Path(running.output_dir)
-        if is_distributed() or is_stage(output_dir):
+        if is_stage(output_dir):
             check_new_directory(output_dir)
         else:
-            stage = enter_for_oneshot(staged(output_dir))
+            stage = enter_for_oneshot(entered_by_one(staged(output_dir)))
             # left before the stage: upstream would have to publish a complete directory itself
             enter_for_oneshot(patch_attr(running, "output_dir", str(stage)))
 

@@ -142,6 +142,9 @@ def unpack(words: torch.Tensor, num_bits: int, count: int) -> torch.Tensor:
         >>> unpack(torch.tensor([[0b010_001_111]], dtype=torch.int32), 3, 3)
         tensor([[7, 1, 2]], dtype=torch.int32)
     """
+    if num_bits in {1, 2, 4, 8, 16}:  # no code reaches into the next word
+        shifts = torch.arange(0, 32, num_bits, dtype=torch.int32)
+        return ((words[..., None] >> shifts) & ((1 << num_bits) - 1)).flatten(1)[:, :count]
     unsigned = words.long() & 0xFFFFFFFF
     begin = torch.arange(count) * num_bits
     word, bit = begin // 32, begin % 32

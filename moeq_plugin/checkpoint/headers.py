@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ BITS = {
     "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+_MAX_COUNT = 1 << 48
+_MAX_OPEN = 32  # of a checkpoint's files at once: processes may have few
+_kept_open: ContextVar[dict[Path, BufferedReader] | None] = ContextVar("kept_open", default=None)
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,38 @@ def read_bytes(tensor: StoredTensor, begin: int = 0, num_bytes: int | None = Non
         num_bytes: of the part; ``None`` for all that follow.
     """
     content = bytearray(tensor.num_bytes - begin if num_bytes is None else num_bytes)
-    with open_regular(tensor.path) as file:
-        file.seek(tensor.begin + begin)
-        file.readinto(content)
+    opened = _kept_open.get()
+    if opened is None:
+        with open_regular(tensor.path) as file:
+            _read_into(content, file, tensor.begin + begin)
+        return content
+    if tensor.path not in opened:
+        if len(opened) == _MAX_OPEN:
+            opened.pop(next(iter(opened))).close()
+        opened[tensor.path] = open_regular(tensor.path)
+    _read_into(content, opened[tensor.path], tensor.begin + begin)
     return content
+
+
+def _read_into(content: bytearray, file: BufferedReader, begin: int) -> None:
+    file.seek(begin)
+    file.readinto(content)
+
+
+@contextmanager
+def files_stay_open() -> Iterator[None]:
+    """Open each file once for all that :func:`read_bytes` reads of it, and not for each tensor.
+
+    Until the end a file is read as it was when it was first read, whatever takes its name.
+    """
+    opened: dict[Path, BufferedReader] = {}
+    token = _kept_open.set(opened)
+    try:
+        yield
+    finally:
+        _kept_open.reset(token)
+        for file in opened.values():
+            file.close()
 
 
 def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -129,7 +163,13 @@ def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTe
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if dtype not in tuple(BITS) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if (
+        not isinstance(dtype, str)
+        or dtype not in BITS
+        or not _counts(shape)
+        or not _counts(offsets)
+        or len(offsets) != 2
+    ):
         raise UnreadableFileError(f"{path.name}: {name!r} has no known dtype, shape or offsets")
     num_bytes = offsets[1] - offsets[0]
     if num_bytes * 8 != math.prod(shape) * BITS[dtype]:
@@ -142,11 +182,12 @@ def _tensor(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTe
 
 def _counts(value: Any) -> bool:
     """Tell whether a value is a short list of numbers that a file can hold."""
-    return (
-        isinstance(value, list)
-        and len(value) <= 8
-        and all(type(number) is int and 0 <= number < 1 << 48 for number in value)
-    )
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    for number in value:  # noqa: SIM110 - of every tensor, so no generator
+        if type(number) is not int or not 0 <= number < _MAX_COUNT:
+            return False
+    return True
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:

@@ -19,6 +19,7 @@ from moeq_plugin.checkpoint.checks.scheme_lookup import check_lookups
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
 from moeq_plugin.checkpoint.checks.tokenizer import check_tokenizer
+from moeq_plugin.checkpoint.headers import files_stay_open
 from moeq_plugin.checkpoint.layout import Layout, lay_out
 from moeq_plugin.checkpoint.open_checkpoint import open_checkpoint
 from moeq_plugin.checkpoint.schemes import describe
@@ -49,12 +50,13 @@ def verify_checkpoint(
     if tp < 1:
         raise ValueError(f"tp must be at least 1, got {tp}")
     layout = lay_out(open_checkpoint(path))
-    findings = list(_findings(layout, target, tp))
-    if source is not None and not any(found.check in INCOMPLETE for found in findings):
-        against = list(_against_source(layout, lay_out(open_checkpoint(source))))
-        if not against:  # all of it was compared: what is odd, the source has as well
-            findings = [found for found in findings if found.check not in _MAY_BE_SO]
-        findings += against
+    with files_stay_open():
+        findings = list(_findings(layout, target, tp))
+        if source is not None and not any(found.check in INCOMPLETE for found in findings):
+            against = list(_against_source(layout, lay_out(open_checkpoint(source))))
+            if not against:  # all of it was compared: what is odd, the source has as well
+                findings = [found for found in findings if found.check not in _MAY_BE_SO]
+            findings += against
     schemes = Counter(describe(layout.stored[linear.name]) for linear in layout.present())
     return Report(
         checkpoint=str(path),

@@ -24,6 +24,7 @@ MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 _FUSED_WITH = {part: parts for parts in FUSED.values() for part in parts}
 _CANONICAL = {theirs: ours for ours, theirs in MIXTRAL_PROJECTIONS.items()}
+_THEIRS = tuple(f".{theirs}" for theirs in _CANONICAL)
 # Names come from files of strangers. A number of six digits or more is neither a layer nor an
 # expert, and int() would refuse thousands of digits.
 _LAYER = re.compile(r"(?P<before>(?:.*?\.)?)layers\.(?P<layer>[0-9]{1,5})\.(?P<rest>.+)", re.S)
@@ -179,8 +180,8 @@ def canonical(name: str) -> str:
         >>> canonical("model.layers.0.block_sparse_moe.experts.3.w1.weight")
         'model.layers.0.mlp.experts.3.gate_proj.weight'
     """
-    if MIXTRAL_BLOCK not in name and ".w" not in name:  # nearly all names of nearly all files
-        return name
+    if MIXTRAL_BLOCK not in name and not any(part in name for part in _THEIRS):
+        return name  # nearly all names of nearly all files
     return _respelled(name, {MIXTRAL_BLOCK: "mlp"}, _CANONICAL)
 
 

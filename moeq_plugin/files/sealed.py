@@ -44,7 +44,7 @@ class SealedFile:
         """
         if not self.path.exists():
             return False
-        if not self._seal.exists() or self._seal.read_text() != _digest(self.path):
+        if not self._seal.exists() or self._seal.read_bytes() != _digest(self.path).encode():
             raise ValueError(
                 f"{self.path} was changed after it had been written: its digest is not the one in "
                 f"{self._seal.name}; delete both to have it made again"

@@ -1,5 +1,6 @@
 """No command creates, changes or deletes a file that it was not asked for, wherever that lies."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -8,16 +9,27 @@ import pytest
 
 pytest.importorskip("llmcompressor")
 
+from chaos_runs import RECIPES
 from command_line import command, listing, write_tiny
+
+from moeq_plugin.cli import app
 
 pytestmark = pytest.mark.slow
 # Caches of the libraries below, where a person has them, are theirs: each is named here.
 CACHES = ("home/.cache/huggingface", "home/.cache/torch", "home/.triton", "home/.cache/vllm")
 W4 = ("--scheme", "W4A16_G32", "--dataset", "data.jsonl")
+FEW = (*W4, "--num-calibration-samples", "1")
 # command -> the paths that it may make, with all that is below them
 COMMANDS = {
     "quantize": (["quantize", "model", "made/w4", *W4], {"made/w4"}),
     "quantize --work-dir": (["quantize", "model", "w4", *W4, "--work-dir", "state/w"], {"w4"}),
+    "quantize --resume": (
+        ["quantize", "model", "w4", *FEW, "--work-dir", "kept", "--resume"], {"w4", "kept"}
+    ),
+    "quantize on own text": (["quantize", "model", "o", "--recipe", "own text.yaml"], {"o"}),
+    "quantize, smoothed": (
+        ["quantize", "model", "q", "--recipe", "awq.yaml", "--dataset", "data.jsonl"], {"q"}
+    ),
     "quantize, failing": (["quantize", "model", "w4", "--scheme", "W4A17"], set()),
     "quantize to a budget": (
         ["quantize", "model", "b", "--bits-per-weight", "6", "--dataset", "data.jsonl",
@@ -34,8 +46,18 @@ COMMANDS = {
         {"s.json", "a.json"},
     ),
     "verify": (["verify", "quant", "--source", "model"], set()),
+    "verify --json": (["verify", "quant", "--json"], set()),
+    "verify, failing": (["verify", "absent"], set()),
     "verify --generate": (["verify", "quant", "--generate", "1 2 3"], set()),
     "inspect": (["inspect", "quant"], set()),
+    "inspect --json": (["inspect", "model/config.json", "--json"], set()),
+    "inspect, failing": (["inspect", "data.jsonl"], set()),
+    "plan, failing": (["plan", "absent", "--scheme", "W4A16_G32"], set()),
+    "eval, failing": (["eval", "model", "absent", "--text", "text.txt", "--json", "e.json"], set()),
+    "report, failing": (["report", "absent", "--out", "r.html"], set()),
+    "sample, failing": (["sample", "absent", "made/s.jsonl"], set()),
+    "convert, failing": (["convert", "model", "gptq", "--to", "gptq"], set()),
+    "convert back": (["convert", "converted", "ct", "--to", "compressed-tensors"], {"ct"}),
     "eval": (
         ["eval", "model", "quant", "--text", "text.txt", "--seq-len", "16", "--json", "e.json"],
         {"e.json"},
@@ -67,6 +89,14 @@ def tree(tmp_path_factory):
     (tree / "work" / "text.txt").write_text(" ".join(str(i % 128) for i in range(400)))
     done = moeq(tree, ["quantize", "model", "quant", *W4])
     assert done.returncode == 0, done.stderr
+    done = moeq(tree, ["convert", "quant", "converted", "--to", "gptq"])
+    assert done.returncode == 0, done.stderr
+    # refused at the end for its few tokens, so that its state is kept
+    done = moeq(tree, ["quantize", "model", "w4", *FEW, "--work-dir", "kept", "--strict"])
+    assert done.returncode == 1, done.stderr
+    for name in ("own text", "awq"):
+        recipe = {"q_stage": {"q_modifiers": RECIPES[name]}}
+        (tree / "work" / f"{name}.yaml").write_text(json.dumps(recipe))
     for theirs in (".w4.partial.txt", "w4.partial", "w4.work.bak", "quant/theirs.partial",
                    ".moeq.lock.txt", "s.manifest.json.bak"):  # fmt: skip
         (tree / "work" / theirs).write_text("precious")
@@ -102,4 +132,12 @@ def test_a_command_touches_only_what_it_was_asked_for(name, tree):
     assert {p for p in touched if not is_asked(p)} - {"home/.cache"} == set()
     assert asked <= touched
     for path in sorted((tree / "work" / made for made in may_make), reverse=True):
-        subprocess.run(["rm", "-r", str(path)], check=True)
+        subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+def test_every_command_is_watched():
+    commands = {of.name or of.callback.__name__ for of in app.registered_commands}
+    for ending in (set(), {"failing"}):
+        watched = {arguments[0] for name, (arguments, _) in COMMANDS.items()
+                   if ending <= set(name.split(", "))}  # fmt: skip
+        assert watched == commands

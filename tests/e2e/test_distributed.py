@@ -17,7 +17,9 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, SensitivityTable
+from moeq_plugin.files import publish
 from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
+from moeq_plugin.integrations.llm_compressor.checkpoint import saving
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
 
 
@@ -44,6 +46,7 @@ def worker(rank, world_size, rendezvous, model_path, out, settings):
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
+    settings.pop("prepare", lambda _rank: None)(rank)
     dying, at = settings.pop("dies", (None, None))
     if dying == rank:
         keep_alive = RunState.begin
@@ -242,6 +245,62 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_its_state(corrected, tmp_path)
     run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **work)
     run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "whole", **asked)
     assert share_of_equal_words(tensors(tmp_path / "many"), tensors(tmp_path / "whole")) == 1.0
+
+
+DEATHS = {
+    "before the record": (0, saving, "save_records"),
+    "before the tokenizer": (0, NoProcessor, "save_pretrained"),
+    "before all have come to the end": (1, NoProcessor, "save_pretrained"),
+    "before it has its name": (0, publish, "finish"),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_no_half_a_checkpoint_has_its_name(when, tmp_path):
+    rank_that_dies, owner, name = DEATHS[when]
+
+    def prepare(rank):
+        if rank == rank_that_dies:
+            setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+    tiny_model("qwen3_moe", tmp_path / "model")
+    errors = (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException)
+    with pytest.raises(errors):  # of the one that died, or of the one that waited for it
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", prepare=prepare)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "rendezvous-out").unlink(missing_ok=True)
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out")
+    run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "whole")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert share_of_equal_words(tensors(tmp_path / "out"), tensors(tmp_path / "whole")) == 1.0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_rank_fails_where_one_cannot_publish(tmp_path):
+    def prepare(rank):
+        def fill(*_):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "config.json").write_text("theirs")
+
+        if rank == 1:
+            NoProcessor.save_pretrained = fill
+
+    tiny_model("qwen3_moe", tmp_path / "model")
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="is complete in .*out-2"):
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out", prepare=prepare)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "theirs"
+    assert len(records(tmp_path / "out-2")) > 0
+
+
+def test_every_rank_refuses_an_output_with_files(tmp_path):
+    tiny_model("qwen3_moe", tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("theirs")
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="is not empty"):
+        run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
 
 
 def test_the_same_data_on_every_rank_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A directory appears complete or not at all, and nothing of others is touched on the way."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from moeq_plugin.files import disk
-from moeq_plugin.files.lock import InUseError
+from moeq_plugin.files import stage as stage_module
+from moeq_plugin.files.lock import InUseError, held_directory, locked
 from moeq_plugin.files.publish import joined, staged
 from moeq_plugin.files.stage import published_as
 
@@ -279,6 +281,39 @@ def test_a_dead_process_leaves_no_lock(number, holder, tmp_path):
         assert list(stage.iterdir()) == []
         fill(stage)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_lock_on_a_file_that_has_lost_its_name_is_none(tmp_path, monkeypatch):
+    """Between opening and locking its holder may end, remove it, and another may make a new one."""
+    file, flock, times = tmp_path / "lock", fcntl.flock, []
+
+    def ended_meanwhile(descriptor, how):
+        times.append(1)
+        if len(times) == 1:
+            file.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", ended_meanwhile)
+    with locked(file, tmp_path):
+        assert len(times) == 2
+        with pytest.raises(InUseError):
+            locked(file, tmp_path).__enter__()
+
+
+def test_whoever_comes_late_to_a_place_looks_at_it_again(tmp_path, monkeypatch):
+    """What another published between the first look and the lock is found before calibration."""
+
+    @contextmanager
+    def published_meanwhile(directory):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("theirs")
+        with held_directory(directory):
+            yield
+
+    monkeypatch.setattr(stage_module, "held_directory", published_meanwhile)
+    with pytest.raises(ValueError, match="is not empty; nothing was written"):
+        staged(tmp_path / "out").__enter__()
+    assert tree(tmp_path) == {"out": None, "out/config.json": "theirs"}
 
 
 RACE = """

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from loguru import logger
 from safetensors import SafetensorError
@@ -37,6 +36,7 @@ from moeq_plugin.integrations.llm_compressor.host import (
     parameters_stay_parameters,
     replace_saving,
 )
+from moeq_plugin.integrations.llm_compressor.one_rank import entered_by_one
 from moeq_plugin.integrations.llm_compressor.unfinished import is_unfinished
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import Progress, report_progress
@@ -107,9 +107,8 @@ def _write_on_save(
         # a run that failed before it changed anything has left a record of nothing
         finished = [(record, save_more) for record, save_more in noted if record.run]
         wanted = Path(save_directory)
-        # ranks write to one directory together, so there it has to be the one that was asked for
         with (
-            nullcontext(wanted) if is_distributed() else joined(wanted) as directory,
+            entered_by_one(joined(wanted)) as directory,
             parameters_stay_parameters(),
             exact_codes(),
         ):

@@ -25,9 +25,10 @@ def check_names(layout: Layout) -> Iterator[Finding]:
         if other != name:
             yield error("two-names", name, f"the same as {other}; readers take one of the two")
         expected = in_file(ours, architecture.family)
+        if not architecture.is_known or name == expected:
+            continue
         layer = layer_of(ours)
-        is_fused = layer is not None and layout.is_fused(layer)  # as transformers holds experts
-        if not architecture.is_known or name == expected or is_fused:
+        if layer is not None and layout.is_fused(layer):  # as transformers holds experts
             continue
         if architecture.family == "mixtral" and of_expert(ours) and MIXTRAL_BLOCK in name:
             continue  # vLLM knows both spellings, and of transformers another check tells

@@ -32,7 +32,8 @@ class _Counts:
 
     def add(self, block: Block) -> None:
         codes = block.codes
-        self.low, self.high = min(self.low, int(codes.min())), max(self.high, int(codes.max()))
+        low, high = (int(extreme) for extreme in codes.aminmax())
+        self.low, self.high = min(self.low, low), max(self.high, high)
         self.at_limit += int(((codes == 0) | (codes == self.highest)).sum())
         centred = (codes - block.zero_point[:, block.group]).float()
         self.sum += float(centred.sum())

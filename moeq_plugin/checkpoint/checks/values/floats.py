@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -66,9 +67,9 @@ class _Sizes:
     def add(self, part: torch.Tensor) -> None:
         if not part.numel():
             return
-        self.is_finite &= bool(part.isfinite().all())
-        self.low = min(self.low, float(part.min()))
-        self.high = max(self.high, float(part.max()))
+        low, high = (float(extreme) for extreme in part.aminmax())  # NaN if there is one
+        self.is_finite &= math.isfinite(low) and math.isfinite(high)
+        self.low, self.high = min(self.low, low), max(self.high, high)
         sizes = part.abs()
         self.rows.append(sizes.flatten(1).amax(1) if part.ndim > 1 else sizes)
         columns = sizes.amax(0)
@@ -85,7 +86,10 @@ class _Sizes:
 
 def dead_share(sizes: torch.Tensor, name: str) -> str | None:
     """Return that many rows or columns are zero, by the largest element of each."""
-    if len(sizes) < _MIN_ROWS or not bool(sizes.any()):
+    if sizes.numel() < _MIN_ROWS:
+        return None
+    smallest, largest = (float(extreme) for extreme in sizes.aminmax())
+    if not largest or smallest > _DEAD * largest:  # all are zero, or none is, as nearly always
         return None
     usual = sizes.kthvalue(len(sizes) * 9 // 10).values  # one may be far beyond all others
     dead = int((sizes <= _DEAD * usual).sum())
