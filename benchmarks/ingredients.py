@@ -100,7 +100,9 @@ def run(corpus: Corpus, grid: str, seed: int, contender: str) -> dict[str, objec
     oneshot(
         model=model,
         recipe=MoEQuantModifier(
-            config_groups={"group_0": group}, ignore=["lm_head"], **CONTENDERS[contender]
+            config_groups={"group_0": group},
+            ignore=["lm_head"],
+            **{"preset": "fast", **CONTENDERS[contender]},
         ),
         dataset=dataset,
         num_calibration_samples=SEQUENCES,
