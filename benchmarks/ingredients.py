@@ -108,8 +108,7 @@ def run(corpus: Corpus, grid: str, seed: int, contender: str) -> dict[str, objec
         recipe=MoEQuantModifier(
             config_groups={"group_0": group},
             ignore=["lm_head"],
-            preset="fast",
-            **CONTENDERS[contender],
+            **{"preset": "fast", **CONTENDERS[contender]},
         ),
         dataset=dataset,
         num_calibration_samples=SEQUENCES,
