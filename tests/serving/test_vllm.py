@@ -55,8 +55,8 @@ FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
 ALLOCATED = ["mixtral allocated", "qwen3_moe allocated"]  # layers differ in scheme
 WITH_W8A8 = ["mixtral allocated W8A8", "qwen3_moe allocated W8A8"]
 STACKED = ["mixtral rotated and smoothed", "qwen2_moe rotated and smoothed"]
-SIGNED = ["mixtral signed", "mixtral signed W8A8"]  # scales of both signs
-ROUNDS_INPUTS = [*WITH_W8A8, "mixtral signed W8A8"]
+SIGNED = ["mixtral signed", "mixtral allocated W8A8 signed"]  # scales of both signs
+ROUNDS_INPUTS = [*WITH_W8A8, "mixtral allocated W8A8 signed"]
 CASES = FAMILIES + ALLOCATED + WITH_W8A8 + STACKED + SIGNED
 
 

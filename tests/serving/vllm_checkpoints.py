@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 VOCABULARY = 512
 PROJECTIONS = {"w1": "gate", "w3": "up", "w2": "down"}  # Mixtral's names for them
+SIGNED = {"scale_search": "narrow", "signed_scales": True}  # scales of both signs
 # What the modifier is asked for, by the words behind a case's family.
 WISHES = {
     "": {"scheme": "W4A16"},
@@ -28,19 +29,13 @@ WISHES = {
         "options": ["W4A16", "W4A16_G64", "W8A8", "UNQUANTIZED"],
         "ignore": ["re:.*self_attn.*", "lm_head"],
     },
-    # scales of both signs, as the search finds them
-    "signed": {"scheme": "W4A16", "scale_search": "narrow", "signed_scales": True},
-    "signed W8A8": {
-        "scheme": "W8A8",
-        "scale_search": "narrow",
-        "signed_scales": True,
-        "ignore": ["re:.*self_attn.*", "lm_head"],
-    },
+    "signed": {"scheme": "W4A16", **SIGNED},
 }
+WISHES["allocated W8A8 signed"] = {**WISHES["allocated W8A8"], **SIGNED}
 # How large the experts' outputs are, by layer. W8A8 loses so little that a budget for 16 bit in one
 # layer leaves none at 4, unless errors cost much more in one layer than in another. It gets the
 # last layer: what noise does to its rounding, no other layer can amplify.
-OUTPUTS = {"allocated W8A8": [1 / 32, 8, 1 / 32, 1]}
+OUTPUTS = dict.fromkeys(("allocated W8A8", "allocated W8A8 signed"), [1 / 32, 8, 1 / 32, 1])
 
 
 @dataclass(frozen=True)
