@@ -46,7 +46,7 @@ class Axis:
         """Return at least three round numbers, if need be fewer."""
         low, high = math.exp(self.low), math.exp(self.high)
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        for steps in ((1,), (1, 3), (1, 2, 5), tuple(n / 10 for n in range(10, 100, 5))):
             ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
             if len(ticks) > 2:
                 break

@@ -56,8 +56,7 @@ def main() -> None:
     began = time.process_time()
     model = program.quantize()
     cpu_s, peak = time.process_time() - began, _mib("VmHWM")
-    model = program.reload(model)
-    modules, state = dict(model.named_modules()), dict(model.named_parameters())
+    state, modules = dict(model.named_parameters()), dict(program.reload(model).named_modules())
     weights = {
         name: program.weight(modules[name]) for name in request["linears"] if name in modules
     }
