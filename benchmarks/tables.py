@@ -1,4 +1,4 @@
-"""Write the tables of the README and the docs from the committed results.
+"""Write the tables of the README and the docs, and a figure, from the committed results.
 
     python benchmarks/tables.py [--check]
 
@@ -17,6 +17,8 @@ from pathlib import Path
 
 from ablation_tables import ablation, effects
 from ingredient_tables import ingredients
+from peer_figure import figure
+from peer_tables import costs, losses
 from seeds import change, error
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,7 @@ def main() -> None:
             "routing": partial(ablation, "routing_agreement", 100, 1),
         },
         "docs/awq.md": {"speed": awq_speed},
+        "docs/peers.md": {"losses": losses, "costs": costs},
         "docs/solver.md": {"ingredients": ingredients},
         "docs/scaling.md": {
             "measured": scaled,
@@ -56,20 +59,21 @@ def main() -> None:
             "processes": processes,
         },
     }
-    stale = []
+    drawing = ROOT / "docs" / "peers.svg"
+    texts = {drawing: figure()}
     for name, tables in pages.items():
         page = ROOT / name
-        old = new = page.read_text()
+        new = page.read_text()
         for block, table in tables.items():
             pattern = rf"(<!-- {block} -->\n).*?(<!-- end -->)"
             text = table()
             new = re.sub(pattern, lambda m, t=text: m[1] + t + m[2], new, flags=re.DOTALL)
-        if new != old:
-            stale.append(name)
-        if "--check" not in sys.argv:
-            page.write_text(new)
+        texts[page] = new
     if "--check" in sys.argv:
-        sys.exit(f"tables differ from benchmarks/results: {stale}" if stale else 0)
+        stale = [path.name for path, text in texts.items() if path.read_text() != text]
+        sys.exit(f"not what benchmarks/results say: {stale}" if stale else 0)
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 def quality() -> str:
