@@ -41,9 +41,7 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="fast, balanced or best: ever less damage")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, balanced or best")] = None,
     target: Annotated[str, typer.Option(help="vllm, gguf, expert or linear")] = "vllm",
     dataset: Annotated[
         Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
