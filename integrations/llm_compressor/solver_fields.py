@@ -17,7 +17,7 @@ class Preset(StrEnum):
 
     FAST = "fast"  # GPTQ on the observer's scales
     BALANCED = "balanced"  # what was measured to help on every model, from second moments alone
-    BEST = "best"  # with a second stream of activations and a backward pass through the model
+    BEST = "best"  # with a backward pass through the whole model beside
 
 
 _BALANCED: Mapping[str, Any] = {
@@ -29,7 +29,7 @@ _BALANCED: Mapping[str, Any] = {
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.FAST: {},
     Preset.BALANCED: _BALANCED,
-    Preset.BEST: {**_BALANCED, "corrected_target": True, "row_feedback": True},
+    Preset.BEST: {**_BALANCED, "row_feedback": True},
 }
 
 
@@ -39,8 +39,7 @@ class SolverFields(FrozenFields):
     Args:
         preset: fills in fields that are not given: ``balanced`` means ``scale_search="narrow"``,
             ``signed_scales=True``, ``refine_rounds=2`` and ``dampening_frac=0.05``; ``best`` the
-            same with ``corrected_target=True`` and ``row_feedback=True``; ``fast`` means the
-            defaults of the fields.
+            same with ``row_feedback=True``; ``fast`` means the defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
             within 20 % of the range, ``conditional`` and ``group`` in a wide range by the second
             moments. An observer that a scheme or ``weight_observer`` asks for, other than the
