@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -126,23 +127,51 @@ def test_ranks_give_what_one_process_gives(family, world_size, more, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-9)
 
 
+FIRST = re.compile(r"\.(q|k|v|kv)_.*proj")  # of an attention
+
+
+def share_of_near_weights(ours, theirs):
+    """Of 8-bit codes, four to a packed word: those that are the same or neighbours, by value."""
+    names = [name.removesuffix("_packed") for name in ours if name.endswith("weight_packed")]
+    near = []
+    for name in (name for name in names if not FIRST.search(name)):
+        scale = ours[f"{name}_scale"]
+        values = [
+            (of[f"{name}_packed"].view(torch.uint8).float() - 128).unflatten(
+                1, (scale.shape[1], -1)
+            )
+            * of[f"{name}_scale"][..., None]
+            for of in (ours, theirs)
+        ]
+        near.append(((values[0] - values[1]).abs() < 1.1 * scale.abs()[..., None]).flatten())
+    return torch.cat(near).double().mean().item()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
 def test_ranks_correct_targets_as_one_process_does(family, tmp_path):
-    """Layers begin with equal streams here, and come apart from the attention's output on.
+    """Coarse codes where a layer begins leave much to make up for, fine ones behind show how much.
 
-    A tie that is tipped early in a layer changes what its later stages see: a bound that is wider.
+    A tie that is tipped changes what later stages see, in steps of fine codes by next to nothing;
+    without a search for scales, whose choices are ties as well.
     """
     tiny_model(family, tmp_path / "model")
-    settings = {"config_groups": int4(16), "corrected_target": True}
-    settings["host"] = {"propagate_error": False}
+    coarse, fine = (int4(16, num_bits=bits)["group_0"] for bits in (2, 8))
+    groups = {
+        "coarse": {**coarse, "targets": [r"re:.*self_attn\.(q|k|v|kv)_.*"]},
+        "fine": {**fine, "targets": [r"re:.*\.(o|gate|up|down)_proj$"]},
+    }
+    settings = {"config_groups": groups, "preset": "fast", "host": {"propagate_error": False}}
+    run(tmp_path / "model", tmp_path / "plain", **settings)
+    settings["corrected_target"] = True
     run(tmp_path / "model", tmp_path / "one", **settings)
     run_on_ranks(2, tmp_path, tmp_path / "model", tmp_path / "many", **settings)
-    assert share_of_equal_words(tensors(tmp_path / "many"), tensors(tmp_path / "one")) > 0.98
+    plain, one, many = (tensors(tmp_path / name) for name in ("plain", "one", "many"))
+    assert share_of_near_weights(one, plain) < 0.8
+    assert share_of_near_weights(many, one) > 0.999
     ours, theirs = records(tmp_path / "many"), records(tmp_path / "one")
     for name, of in theirs.items():
         assert ours[name]["basis"] == of["basis"]
-        assert ours[name]["effective_tokens"] == pytest.approx(of["effective_tokens"], rel=1e-4)
-        assert ours[name]["loss"] == pytest.approx(of["loss"], rel=3e-2, abs=1e-9)
+        assert ours[name]["effective_tokens"] == pytest.approx(of["effective_tokens"], rel=1e-3)
 
 
 def test_ranks_that_propagate_errors_lose_as_little(tmp_path):

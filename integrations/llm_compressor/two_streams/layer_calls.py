@@ -28,7 +28,8 @@ class LayerCalls:
 
     def __init__(self, layer: nn.Module, offload_device: torch.device) -> None:
         self.layer = layer
-        self._cache = IntermediatesCache(None, offload_device)
+        self._offload_device = offload_device
+        self.forget()
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -36,6 +37,10 @@ class LayerCalls:
     def note(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a call; a forward pre-hook."""
         self._cache.append({"args": args, "kwargs": kwargs})
+
+    def forget(self) -> None:
+        """Let go of all arguments: the hook that notes them lives on."""
+        self._cache = IntermediatesCache(None, self._offload_device)
 
     def hidden(self, index: int) -> torch.Tensor:
         """Return the hidden states that a batch came with."""

@@ -115,10 +115,10 @@ class TwoStreams:
             modules: as of :meth:`stages`.
         """
         for module in modules:
-            calls = self._calls.pop(module, None)
-            if calls:
+            if calls := self._calls.get(module):
                 with HooksMixin.disable_hooks(), torch.no_grad():
                     self._handed_on = calls.run(0)
+                calls.forget()
 
     def _enter(self, layer: DecoderLayer, calls: LayerCalls) -> None:
         """Begin with the 16-bit stream, or find out that it is none."""

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor import RWKVQuantModifier
 from moeq_plugin.integrations.llm_compressor.moequant import request
+from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStreams
 from moeq_plugin.records.run import Basis, RunRecord
 
 CORRECTED = {"config_groups": int4(16, num_bits=3), "corrected_target": True}
@@ -211,6 +212,20 @@ def test_without_propagated_errors_layers_begin_with_equal_streams(tmp_path):
     ]
     for name in [*QKV, *(name.replace("layers.0", "layers.1") for name in QKV)]:
         assert torch.equal(*(model[name] for model in models)), name
+
+
+def test_one_layer_at_a_time_is_kept(tmp_path, monkeypatch):
+    """Else the hidden states of the calibration set would stay once for every layer."""
+    held, leave = [], TwoStreams.leave
+
+    def spy(self, modules):
+        leave(self, modules)
+        held.append([len(calls) for calls in self._calls.values()])
+
+    monkeypatch.setattr(TwoStreams, "leave", spy)
+    run(tmp_path)
+    assert len(held) > 2
+    assert not any(map(any, held)), held
 
 
 def test_text_that_the_model_writes_itself_will_do(tmp_path):
