@@ -39,11 +39,12 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
 
     def run(self) -> None:
         """Load, quantize and save."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         from moeq_plugin.files.datasets import read_dataset
         from moeq_plugin.files.new_directory import check_new_directory
         from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
+        from moeq_plugin.models.auto_class import language_class_of
         from moeq_plugin.untrusted.reading import check_model
 
         check_new_directory(self.args.out)
@@ -58,7 +59,9 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         )
         check_model(self.args.model)
         trust = self.args.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(self.args.model, trust_remote_code=trust)
+        # the class of the whole model: that of its language part would drop what sees and hears
+        model = language_class_of(config).from_pretrained(
             self.args.model, dtype="auto", trust_remote_code=trust
         )
         tokenizer = AutoTokenizer.from_pretrained(self.args.model, trust_remote_code=trust)

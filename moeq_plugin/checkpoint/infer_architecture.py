@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
 from moeq_plugin.checkpoint.config import EXPERT_KEYS, SHARED_KEYS, TOP_K_KEYS, Config
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
-from moeq_plugin.checkpoint.roles import role_of_linear
+from moeq_plugin.checkpoint.roles import is_embedding, role_of_linear
 from moeq_plugin.core.names import expert_of, layer_of, pool_of
 
 _Modules = Mapping[str, Mapping[str, StoredTensor]]
@@ -48,7 +48,7 @@ def infer_architecture(config: Config, modules: _Modules) -> Architecture:
 
 
 def _found(modules: _Modules) -> Iterator[Linear]:
-    shapes = {name: _shape(tensors) for name, tensors in modules.items() if "embed" not in name}
+    shapes = {name: _shape(tensors) for name, tensors in modules.items() if not is_embedding(name)}
     common: dict[str, Counter[tuple[int, int]]] = {}
     for name, shape in shapes.items():
         if shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from moeq_plugin.checkpoint.architecture import Role
 from moeq_plugin.core.names import expert_of
 
@@ -10,6 +12,22 @@ _ROUTERS = {"gate", "router"}
 _INSIDE = {"layer", "proj", "linear", "wg", "classifier"}
 _BLOCKS = {"mlp", "feed_forward", "ffn", "moe", "block_sparse_moe"}
 _SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
+
+# tables of vectors that are looked up, which no scheme for linears means: GPT-2's and T5's names,
+# and the learned queries of DeepSeek-OCR-2, one table for each size of an image
+_TABLES = re.compile(r"wte|wpe|shared|relative_attention_bias|query_\d+")
+
+
+def is_embedding(name: str) -> bool:
+    """Tell whether a matrix is a table of vectors and no linear.
+
+    Example:
+        >>> is_embedding("model.embed_tokens"), is_embedding("transformer.wte")
+        (True, True)
+        >>> is_embedding("layers.0.mlp.shared_expert.up_proj")
+        False
+    """
+    return "embed" in name or _TABLES.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def role_of_linear(name: str) -> Role:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from moeq_plugin.models.moe import UnsupportedModelError
@@ -51,6 +52,18 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     raise UnsupportedModelError(
         f"transformers has no class that builds the whole of {_described(config)}"
     )
+
+
+def loader_of(model: PreTrainedModel) -> str:
+    """Return the name of the class whose ``from_pretrained`` loads what a model was saved as.
+
+    Of a model that no Auto class builds, that is its own.
+    """
+    try:
+        name: str = auto_class_of(model.config).__name__
+    except UnsupportedModelError:
+        name = type(model).__name__
+    return name
 
 
 def language_class_of(config: PreTrainedConfig) -> Any:

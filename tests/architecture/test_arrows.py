@@ -47,9 +47,14 @@ RULES: dict[str, Rule] = {
     "core/names": Rule(),
     "models": Rule(words("torch"), words("core")),
     "models/auto_class": Rule(words("transformers"), words("models")),  # its classes are the matter
+    "models/expert_rules": Rule(words("transformers")),  # and here its rules
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
     # a checkpoint is judged by its headers; only these look at what tensors hold
     "checkpoint": Rule(rooms=words("checkpoint untrusted"), pure_rooms=words("core")),
+    # what transformers makes of experts is for those to say who know its rules
+    "checkpoint/checks/readers": Rule(
+        rooms=words("checkpoint untrusted models/expert_rules"), pure_rooms=words("models")
+    ),
     "checkpoint/codes": TENSORS,
     "checkpoint/checks/source": TENSORS,
     "checkpoint/checks/values": TENSORS,
@@ -77,7 +82,7 @@ RULES: dict[str, Rule] = {
         OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
     ),
     "integrations/optimum_cli": Rule(
-        words("optimum transformers"), words("files untrusted integrations/hf")
+        words("optimum transformers"), words("files untrusted models integrations/hf")
     ),
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import dataset, oneshot
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 pytest.importorskip("llmcompressor")
@@ -97,6 +97,24 @@ def test_experts_that_nobody_takes_apart_are_refused_by_all_in_one_sentence(tmp_
         plan_quantization(tmp_path / "model", scheme_named(SCHEME), build=build)
     assert str(planned.value) == str(refused.value)
     assert inspect_model(tmp_path / "model", build).refusal == str(refused.value)
+
+
+def test_experts_of_several_widths_are_refused_in_a_sentence(tmp_path):
+    """The host reads one width, and finds a list."""
+    text = {
+        **TEXT, "moe_intermediate_size": [32, 64], "moe_num_experts": 4, "moe_k": 2,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2],
+        },
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = AutoConfig.for_model("ernie4_5_vl_moe", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match="does not take the experts of this model apart"
+    ) as planned:
+        plan_quantization(tmp_path / "model", scheme_named(SCHEME), build=build)
+    assert inspect_model(tmp_path / "model", build).refusal == str(planned.value)
 
 
 def test_inspect_says_where_it_knows_from(tmp_path):

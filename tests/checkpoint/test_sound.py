@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, verify_checkpoint
 from moeq_plugin.checkpoint.overview import inspect_model
+from moeq_plugin.records.run import RunRecord
 
 pytest.importorskip("llmcompressor")
 
@@ -45,6 +46,21 @@ NOT_IN_OUR_TABLE = {
         "head_dim": 16, "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
         "num_hidden_layers": 4,
+    },
+    # an epsilon that is null, beside that of its norms
+    "cohere2_moe": {
+        **COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+        "num_shared_experts": 1, "prefix_dense_intermediate_size": 64, "intermediate_size": 32,
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2,
+    },
+    # linears of two rows
+    "kimi_linear": {
+        **DENSE_FIRST, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": None,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "linear_head_dim": 32,
+        "linear_num_heads": 2, "linear_conv_kernel_dim": 4, "num_experts": 4,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
     },
 }  # fmt: skip
 KEPT = ["lm_head", r"re:.*\.gate$", r"re:.*router.*", r"re:.*shared_expert_gate$"]
@@ -224,6 +240,41 @@ def test_a_dense_gate_is_no_router(family, made):
     roles = {f.check for f in verify_checkpoint(made(family) / "out").findings}
     assert not roles.intersection({"router-quantized", "scheme-mismatch", "router-rows"})
     assert inspect_model(made(family) / "out").num_moe_layers == 1
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "dots1"])
+def test_all_say_the_same_of_experts_that_transformers_cannot_read(family, made):
+    """What is lost where plain transformers loads it, the run has said, and a verification says."""
+    path = made(family) / "out"
+    _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    is_lost = any("experts" in key or "_linear" in key for key in info["missing_keys"])
+
+    assert is_lost == (family == "granitemoe")
+    (record,) = RunRecord.load(path)
+    assert is_lost == any("has no rule to read" in limit for limit in record.limits)
+    found = verify_checkpoint(path, target="transformers").errors
+    assert is_lost == any("has no rule to read" in finding.what for finding in found)
+    assert is_lost == bool(inspect_model(path).readers["transformers"])
+
+
+def test_tables_of_vectors_are_no_linears(made, tmp_path):
+    path = copy_of(made("dots1") / "out", tmp_path / "out")
+    with edited_tensors(path) as tensors:
+        table = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+        tensors["model.vision.query_768.weight"] = table
+        tensors["transformer.wte.weight"] = table * 2
+    assert alarms(path, None) == []
+
+
+@pytest.mark.parametrize("family", ["qwen4_exp_text", "step3p7_text", "t5gemma"])
+def test_norms_that_add_one_may_be_zero(family, made, tmp_path):
+    path = copy_of(made("dots1") / "out", tmp_path / "out")
+    with edited_tensors(path) as tensors:
+        tensors["model.norm.weight"] = torch.zeros(64)
+    assert {f.check for f in alarms(path, None)} == {"zeroed"}
+    with edited_config(path) as config:
+        config["model_type"] = family
+    assert alarms(path, None) == []
 
 
 def test_damage_is_found_in_what_was_rescaled_or_rotated(made, tmp_path):

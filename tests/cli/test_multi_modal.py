@@ -19,6 +19,7 @@ from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.cli import app
 from moeq_plugin.cli.built import build
 from moeq_plugin.integrations.llm_compressor import load_dequantized
+from moeq_plugin.models.auto_class import auto_class_of
 from moeq_plugin.records.run import RunRecord
 
 SCHEME = "W4A16_G32"
@@ -97,6 +98,21 @@ def test_it_is_sound_and_read_exactly(made):
     down = read.get_submodule(f"{layer}.mlp.experts.2.down_proj").weight
     error = (down - experts.down_proj[2]).norm() / down.norm()
     assert 0 < error < 0.3
+
+
+def test_what_plain_transformers_loses_of_it_is_said(made):
+    model, path = made
+    config = AutoConfig.from_pretrained(path / "out")
+    loader = auto_class_of(config)
+    _, info = loader.from_pretrained(path / "out", output_loading_info=True)
+    is_lost = any("experts" in key for key in info["missing_keys"])
+    assert is_lost == (config.model_type == "qwen3_vl_moe")
+    limits = RunRecord.load(path / "out")[0].limits
+    assert is_lost == any(f"{loader.__name__}.from_pretrained" in limit for limit in limits)
+    assert not any("AutoModelForCausalLM" in limit for limit in limits)
+    said = command("verify", path / "out", "--target", "transformers")
+    assert said.exit_code == is_lost
+    assert ("transformers: yes" in command("inspect", path / "out").output) != is_lost
 
 
 def test_a_command_that_reads_it_computes_with_all_of_it(made, tmp_path):

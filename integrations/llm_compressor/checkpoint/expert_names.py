@@ -1,39 +1,15 @@
-"""How checkpoints call an expert's projections, read off the rules that transformers loads by.
+"""The rules that transformers loads a model by, and what becomes of them when it is linearized.
 
-transformers fuses, say, ``experts.*.w1.weight`` and ``experts.*.w3.weight`` into ``gate_up_proj``
-while loading. The host splits the fused tensor again and calls the parts ``gate_proj`` and
-``up_proj``. The names in between are in the rule.
+The names of experts in between are in the rules: see :mod:`moeq_plugin.models.expert_rules`.
 """
 
 from __future__ import annotations
 
-import re
-
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
-# how a linearized expert calls what transformers fuses into one tensor
-_FUSED = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
-_PER_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight\$?$")
-
-
-def names_in_checkpoint(rules: list[WeightTransform]) -> dict[str, str]:
-    """Return for each projection of an expert what a checkpoint calls it; empty without a rule."""
-    names: dict[str, str] = {}
-    for rule in rules:
-        if not isinstance(rule, WeightConverter):
-            continue
-        targets = [str(pattern) for pattern in rule.target_patterns]
-        sources = [_PER_EXPERT.search(str(source)) for source in rule.source_patterns]
-        fused = _FUSED.get(targets[0].rsplit(".", 1)[-1]) if len(targets) == 1 else None
-        if fused and len(fused) == len(sources) and all(sources):
-            names.update(zip(fused, (m.group(1) for m in sources if m), strict=True))
-    return names
+from moeq_plugin.models.expert_rules import names_in_checkpoint
 
 
 def loading_rules(model: PreTrainedModel) -> list[WeightTransform]:
@@ -52,8 +28,3 @@ def linearized_rules(rules: list[WeightTransform]) -> list[WeightTransform]:
     ]
     # a rule that fuses would look for tensors that a linearized model does not have
     return [rule for rule in rules if not names_in_checkpoint([rule])] + renamings
-
-
-def is_loaded_linearized(rules: list[WeightTransform]) -> bool:
-    """Tell whether the host loaded per-expert tensors as they are, which it then saves likewise."""
-    return any(re.search(r"experts.*\\d", str(rule.source_patterns)) for rule in rules)

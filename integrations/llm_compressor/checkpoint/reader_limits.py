@@ -14,67 +14,43 @@ from torch import nn
 
 from moeq_plugin.core.names import fused_with, role_of
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args
+from moeq_plugin.models.expert_reading import Grid, misread_experts
 from moeq_plugin.models.moe import MoELayer
 
 UNCOMPRESSED = (
     "save_compressed=False writes plain weights with scales beside them, which neither vLLM nor "
     "transformers reads for a model with experts. Leave it out."
 )
-_PLAIN = "AutoModelForCausalLM.from_pretrained (transformers 5.17)"
 _WAY_OUT = "moeq_plugin.integrations.llm_compressor.load_dequantized(directory) reads it as it is."
 
 
 def reload_limits(
-    layers: list[MoELayer], has_expert_names: bool, others: Iterable[nn.Module] = ()
+    layers: list[MoELayer],
+    names: Mapping[str, str],
+    others: Iterable[nn.Module] = (),
+    loader: str = "AutoModelForCausalLM",
 ) -> list[str]:
     """Return why plain transformers would misread the experts, one sentence per reason.
 
     Args:
         layers: the MoE layers with their schemes attached.
-        has_expert_names: whether transformers has a rule that reads this architecture's experts
-            from one tensor per expert and projection.
+        names: by the rule that transformers reads this architecture's experts by, what files call
+            their projections; empty without a rule.
         others: modules outside of the layers.
+        loader: the class that loads such a model.
     """
-    schemes = {_scheme_key(linear) for layer in layers for linear in expert_linears(layer)}
-    if schemes <= {None}:
-        if not any(weight_args(module) for module in others):
-            return []
-        # its rule would merge them, but a quantized checkpoint is read without that rule
-        return [
-            f"the experts stay in 16 bit beside quantized weights; {_PLAIN} does not find them and "
-            f"would initialize them at random, with no more than a load report. {_WAY_OUT}"
-        ]
-    limits = []
-    if not has_expert_names:
-        limits.append(
-            f"{_PLAIN} has no rule to read this architecture's experts from per-expert tensors "
-            f"and would initialize them at random, with no more than a load report. {_WAY_OUT}"
-        )
+    linears = [linear for layer in layers for linear in expert_linears(layer)]
+    schemes = {_scheme_key(linear) for linear in linears}
+    if schemes <= {None} and not (linears and any(weight_args(module) for module in others)):
+        return []
+    reader = f"{loader}.from_pretrained (transformers 5.17)"
+    limits = list(misread_experts({_grid(linear) for linear in linears}, names, set(), reader))
     if len(schemes) > 1:
         limits.append(
-            f"the experts do not all have one scheme; {_PLAIN} applies one to all of them and "
-            f"loads the others silently wrong. {_WAY_OUT}"
+            f"the experts do not all have one scheme; {reader} applies one to all of them and "
+            "loads the others silently wrong"
         )
-    args = [a for layer in layers for a in map(weight_args, expert_linears(layer)) if a]
-    if any(not a.symmetric for a in args):
-        limits.append(f"{_PLAIN} does not read zero points of experts and fails. {_WAY_OUT}")
-    if any(a.strategy == QuantizationStrategy.TENSOR_GROUP for a in args):
-        limits.append(
-            f"{_PLAIN} does not read the second scale of NVFP4 experts and loads other numbers, "
-            f"silently. {_WAY_OUT}"
-        )
-    if any(
-        a.type == QuantizationType.FLOAT
-        and a.num_bits == 8
-        and a.strategy == QuantizationStrategy.GROUP
-        for a in args
-    ):
-        limits.append(f"{_PLAIN} does not read MXFP8 experts and fails. {_WAY_OUT}")
-    if any(_has_activations(linear) for layer in layers for linear in expert_linears(layer)):
-        limits.append(
-            f"{_PLAIN} reads experts only if their weights alone are quantized. {_WAY_OUT}"
-        )
-    return limits
+    return [f"{limit}. {_WAY_OUT}" for limit in limits]
 
 
 def serving_limits(layers: list[MoELayer]) -> list[str]:
@@ -147,6 +123,16 @@ def _scheme_key(linear: nn.Module) -> str | None:
     return args.model_dump_json() if args is not None else None
 
 
-def _has_activations(linear: nn.Module) -> bool:
+def _grid(linear: nn.Module) -> Grid | None:
+    args = weight_args(linear)
+    if args is None:
+        return None
     scheme = getattr(linear, "quantization_scheme", None)
-    return scheme is not None and scheme.input_activations is not None
+    return Grid(
+        num_bits=args.num_bits,
+        is_float=args.type == QuantizationType.FLOAT,
+        symmetric=args.symmetric,
+        has_second_scale=args.strategy == QuantizationStrategy.TENSOR_GROUP,
+        has_groups=args.strategy == QuantizationStrategy.GROUP,
+        is_packed=scheme is not None and scheme.input_activations is None,
+    )

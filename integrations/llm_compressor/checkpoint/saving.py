@@ -18,10 +18,8 @@ from transformers import PreTrainedModel
 
 from moeq_plugin.files.publish import joined
 from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
-    is_loaded_linearized,
     linearized_rules,
     loading_rules,
-    names_in_checkpoint,
 )
 from moeq_plugin.integrations.llm_compressor.checkpoint.ignored_names import mend_ignored
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
@@ -38,6 +36,8 @@ from moeq_plugin.integrations.llm_compressor.host import (
 )
 from moeq_plugin.integrations.llm_compressor.one_rank import entered_by_one
 from moeq_plugin.integrations.llm_compressor.unfinished import is_unfinished
+from moeq_plugin.models.auto_class import loader_of
+from moeq_plugin.models.expert_rules import names_by_config, names_in_checkpoint
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.records.progress import Progress, report_progress
 from moeq_plugin.records.run import RunRecord, save_records
@@ -77,11 +77,12 @@ def prepare_saving(
     names = names_in_checkpoint(rules)
     if any(ours != theirs for ours, theirs in names.items()):
         set_save_conversion_mapping(model, linearized_rules(rules))
-    has_expert_names = bool(names) or is_loaded_linearized(rules)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     of_experts = {module for layer in layers for module in layer.experts.modules()}
     others = {name: m for name, m in linears.items() if m not in of_experts}
-    record.limits += reload_limits(layers, has_expert_names, others.values())
+    # what the host has loaded one by one it saves under the names that it has found
+    names = names or names_by_config(model.config.to_dict())
+    record.limits += reload_limits(layers, names, others.values(), loader_of(model))
     record.limits += serving_limits(layers) + fusion_limits(others)
     record.limits += storage_limits(linears.values())
     for limit in record.limits:

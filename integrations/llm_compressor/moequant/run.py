@@ -149,7 +149,12 @@ class Run:
         )
 
     def end(self, state: State) -> None:
-        """Round to nearest what no batch has called, then remove hooks and observers."""
+        """Round to nearest what no batch has called, then remove hooks and observers.
+
+        Raises:
+            ValueError: if no batch has called anything at all.
+        """
+        self._check_reached()
         with disable_offloading():
             for module in list(self._pending):
                 observe(module, base_name="weight")
@@ -171,6 +176,21 @@ class Run:
         if self._outputs is not None:
             self.record.run["row feedback"] = self._outputs.in_words()
         self._host.on_finalize(state)
+
+    def _check_reached(self) -> None:
+        """Refuse a pass in which the host has called the model, and none of it was to be quantized.
+
+        Raises:
+            ValueError: saying what can be done.
+        """
+        if self._pending and not self.record.linears:
+            first = next(iter(self._pending.values()))
+            raise ValueError(
+                f"the calibration data have reached none of {len(self._pending)} linears, such as "
+                f"{first}: llm-compressor cuts this model so that its layers get no data, and all "
+                "would be rounded to nearest, which was not asked for. Nothing is saved; "
+                'oneshot(..., pipeline="basic"), which holds the whole model in memory, cuts none'
+            )
 
     def _detach_pending(self) -> None:
         """After a failure: leave what was not quantized as it was before the run."""

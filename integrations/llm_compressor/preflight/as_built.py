@@ -100,10 +100,24 @@ def _built(checkpoint: Checkpoint) -> PreTrainedModel:
             raise ValueError(f"transformers cannot build {config.model_type}: {error}") from error
         find_moe_layers(model)  # it refuses what must not be linearized
         for name, experts in get_non_linearized_moes(model):
-            # as linearize_moe does, which also copies weights, and there are none
-            linear = LinearExperts2D.get_linear_experts_cls(type(experts))  # type: ignore[arg-type]
-            model.set_submodule(name, linear(getattr(experts, "config", model.config)))
+            model.set_submodule(name, _linearized(name, experts, model.config))
     return model
+
+
+def _linearized(name: str, experts: nn.Module, config: Any) -> nn.Module:
+    """Return what linearize_moe makes of experts, which also copies weights, and there are none.
+
+    Raises:
+        ValueError: if it cannot, as where experts of one layer are not of one width.
+    """
+    try:
+        linear = LinearExperts2D.get_linear_experts_cls(type(experts))  # type: ignore[arg-type]
+        return linear(getattr(experts, "config", config))
+    except Exception as error:  # it reads configs that it does not know
+        raise ValueError(
+            f"llm-compressor does not take the experts of this model apart ({name}, "
+            f"{type(experts).__name__}): {error}"
+        ) from error
 
 
 def _is_matrix(module: nn.Module) -> bool:

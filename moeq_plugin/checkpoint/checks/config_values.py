@@ -66,10 +66,25 @@ def _numbers(prefix: str, content: Mapping[str, Any], depth: int = 0) -> Problem
         if key in _POSITIVE and value is not None and not isinstance(value, list | Mapping):
             if not _is_number(value):
                 yield f"{prefix}{key}", f"a number was expected, got {ascii(value)[:60]}"
-            elif value <= 0:
+            elif value <= 0 and not _is_unturned(content, key):
                 yield f"{prefix}{key}", f"must be positive, got {value}"
-        if key in _EPSILONS and not (_is_number(value) and 0 <= value <= _MAX_EPSILON):
+        if key in _EPSILONS and not _is_epsilon(content, value):
             yield f"{prefix}{key}", f"must be a small number, got {ascii(value)[:60]}"
+
+
+def _is_unturned(content: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a size is that of the turned part of a head that turns none of itself.
+
+    Configs of latent attention call it ``head_dim`` too; the sizes of heads have other keys.
+    """
+    return key == "head_dim" and content[key] == 0 and content.get("qk_rope_head_dim") == 0
+
+
+def _is_epsilon(content: Mapping[str, Any], value: Any) -> bool:
+    """Tell whether a value can be an epsilon; null where norms have another one can."""
+    if value is None:
+        return any(_is_number(content.get(key)) for key in _EPSILONS)
+    return _is_number(value) and 0 <= value <= _MAX_EPSILON
 
 
 def _relations(model: Mapping[str, Any]) -> Problems:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeq_plugin.checkpoint.architecture import Role
+from moeq_plugin.checkpoint.architecture import Linear, Role
 from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.formats import is_same
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.lookup import transformers_experts_scheme
+from moeq_plugin.checkpoint.reader_names import split_tensor
 from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme, describe
+from moeq_plugin.models.expert_reading import Grid, misread_experts
 
 _ONLY_WITH_US = (
     "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory); "
@@ -22,14 +24,14 @@ _PACKED_BITS, _KERNEL_BITS = range(2, 9), (4, 8)
 
 
 def check_transformers(layout: Layout, target: str) -> Iterator[Finding]:
-    """Yield why ``AutoModelForCausalLM.from_pretrained`` would misread the experts.
+    """Yield why ``from_pretrained`` of transformers would misread the experts.
 
     Args:
         layout: the checkpoint.
         target: the reader whose misreading is an error.
     """
     severe = error if target == "transformers" else warning
-    if layout.schemes.dialect != "compressed-tensors":
+    if layout.schemes.dialect != "compressed-tensors" or not any(layout.stored.values()):
         return
     way_out = _ONLY_WITH_US if layout.architecture.family == "gpt_oss" else ""
     for sentence in _misreadings(layout):
@@ -38,14 +40,15 @@ def check_transformers(layout: Layout, target: str) -> Iterator[Finding]:
 
 def _misreadings(layout: Layout) -> Iterator[str]:
     experts = [e for e in layout.present(Role.EXPERT) if not e.is_mtp]
-    schemes = {layout.stored[expert.name] for expert in experts}
-    quantized = [scheme for scheme in schemes if scheme]
-    if not quantized:
+    if not experts:
         return
-    if layout.architecture.family == "gpt_oss":
-        yield "no rule to read GPT-OSS from one tensor per expert: random experts, silently"
-    if layout.architecture.family == "mixtral" and _has_names_of_others(layout):
-        yield "Mixtral's experts are read as w1, w2, w3: random experts, silently; rename them"
+    from moeq_plugin.models.expert_rules import names_by_config  # loads transformers
+
+    grids = {_grid(layout.stored[expert.name]) for expert in experts}
+    names = names_by_config(layout.checkpoint.config)
+    yield from misread_experts(grids, names, _names_in_file(layout, experts), "transformers")
+    if grids == {None}:
+        return
     one = transformers_experts_scheme(layout.schemes)
     others = [e for e in experts if not is_same(one, layout.stored[e.name], e.shape[1])]
     if others:
@@ -53,14 +56,25 @@ def _misreadings(layout: Layout) -> Iterator[str]:
             f"one scheme is applied to all experts of the model, {describe(one)}; {len(others)} of "
             f"{len(experts)} expert linears are stored in another and come out wrong, silently"
         )
-    if any(not scheme.symmetric for scheme in quantized):
-        yield "zero points of experts are not read: it fails"
-    if any(scheme.form != "pack-quantized" and not scheme.is_float for scheme in quantized):
-        yield "integer experts are read only if packed (pack-quantized): it fails"
 
 
-def _has_names_of_others(layout: Layout) -> bool:
-    return any(".experts." in name and "_proj." in name for name in layout.checkpoint.tensors)
+def _grid(scheme: Scheme | None) -> Grid | None:
+    if scheme is None:
+        return None
+    return Grid(
+        num_bits=scheme.num_bits,
+        is_float=scheme.is_float,
+        symmetric=scheme.symmetric,
+        has_second_scale=scheme.strategy == "tensor_group",
+        has_groups=scheme.strategy == "group",
+        is_packed=scheme.form == "pack-quantized",
+    )
+
+
+def _names_in_file(layout: Layout, experts: list[Linear]) -> set[str]:
+    """Return what the file calls the projections of its experts."""
+    tensors = (t for e in experts for t in layout.modules.get(e.name, {}).values())
+    return {split_tensor(tensor.name)[0].rpartition(".")[2] for tensor in tensors}
 
 
 def check_vllm(layout: Layout, target: str) -> Iterator[Finding]:

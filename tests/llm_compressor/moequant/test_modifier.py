@@ -231,6 +231,20 @@ class TestCoverage:
         idle = [r for r in record_of(modifier).linears if r.name.endswith("idle")]
         assert [r.basis for r in idle] == [Basis.NONE]
 
+    def test_data_that_reach_nothing_at_all_are_refused(self, tmp_path):
+        """As of a model that the host cuts so that none of its layers is called with data."""
+        model = tiny_model("qwen3_moe", tmp_path)
+        model.model.layers[0].self_attn.idle = torch.nn.Linear(64, 64, bias=False)
+        before = model.model.layers[0].self_attn.idle.weight.clone()
+        modifier = MoEQuantModifier(config_groups=int4(16), ignore=["re:.*(proj|head)$"])
+
+        with pytest.raises(ValueError, match=r"reached none of 1 linears.*idle.*pipeline"):
+            oneshot(model, modifier, output_dir=str(tmp_path / "out"))
+
+        assert not (tmp_path / "out").exists()
+        idle = model.model.layers[0].self_attn.idle
+        assert torch.equal(idle.weight, before) and not hasattr(idle, "weight_scale")
+
     def test_enough_tokens_are_left_alone(self, tmp_path):
         modifier = MoEQuantModifier(config_groups=int4(16), min_effective_tokens=2)
         oneshot(tiny_model("mixtral", tmp_path), modifier)

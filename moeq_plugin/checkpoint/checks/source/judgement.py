@@ -19,6 +19,8 @@ _UNRELATED = 0.25  # cosine; 0.65 at 2 bits
 # standard errors: of rows, of columns, whose errors are far from even, and of many single groups
 _SCATTER = {"rows": 7.0, "columns": 12.0, "groups of columns": 6.0, "groups": 8.0}
 _DEAD, _ALIVE = 1e-8, 1e-6  # squares, of a slice in itself and of a slice in the mean of all
+# the most that rounding to zero takes from a slice, where every weight is half a step
+_TO_ZERO = 3.0
 
 
 def is_unrelated(rounding: Rounding) -> bool:
@@ -44,7 +46,7 @@ def loss_of_all(rounding: Rounding) -> str | None:
     dead = _num_dead(rows)
     if dead:
         return f"{dead} of {len(rows.ww)} rows are zero, and not in the source"
-    dead = _num_dead(rounding.columns)
+    dead = _num_dead(rounding.columns, rounded=_TO_ZERO)
     if dead > 0.02 * len(rounding.columns.ww):  # GPTQ zeroes columns whose input is always zero
         return f"{dead} of {len(rounding.columns.ww)} columns are zero, and not in the source"
     return None
@@ -65,8 +67,10 @@ def damage(rounding: Rounding, *, is_rescaled: bool = False) -> str | None:
     excess, predicted = float(whole.excess()), float(whole.predicted())
     clipped = _SLOPE + predicted**2 + (0.1 if is_rescaled else 0.0)
     slope, offset = float(whole.slope()), float(whole.mean_offset())
-    if not is_rescaled and not abs(slope - 1) <= clipped:
-        return f"it is {slope:.3g} times the source's, at most {clipped:.2g} off 1 is rounding"
+    # of few weights even the slope of all of them scatters
+    most = clipped + _SCATTER["rows"] * min(max(excess, 1.0), 3.0) * float(_slope_error(whole))
+    if not is_rescaled and not abs(slope - 1) <= most:
+        return f"it is {slope:.3g} times the source's, at most {most:.2g} off 1 is rounding"
     if not abs(offset) <= _OFFSET:
         return f"it is {offset:+.2f} steps of its grid off the source's: zero points?"
     if not excess <= _EXCESS:
@@ -111,7 +115,16 @@ def _slope_error(parts: Slices) -> torch.Tensor:
     return (parts.grid / parts.count).sqrt() / parts.ww.sqrt().clamp_min(1e-30)
 
 
-def _num_dead(parts: Slices) -> int:
-    """Count slices that are zero, and not in the source."""
+def _num_dead(parts: Slices, rounded: float = 0.0) -> int:
+    """Count slices that are zero, and not in the source.
+
+    Args:
+        parts: the slices.
+        rounded: how much of a slice rounding may have taken, in units of the usual error; in a
+            linear of two rows every seventh weight is less than half a step, and so is both of
+            many a column.
+    """
     alive = parts.ww > _ALIVE * parts.ww.mean()
-    return int((alive & (parts.qq <= _DEAD * parts.ww)).sum())
+    usual = float(parts.excess().square().median().clamp(1.0, 9.0))  # dead slices are the fewer
+    beyond = parts.ww > rounded * usual * parts.grid
+    return int((alive & beyond & (parts.qq <= _DEAD * parts.ww)).sum())

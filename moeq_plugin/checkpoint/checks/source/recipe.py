@@ -52,6 +52,7 @@ def read_rewrites(directory: Path) -> Rewrites:
         return Rewrites()
     content = recipe.read_text(errors="replace")
     named = set(re.findall(r"^[ \t]*(\w{1,80}):", content, re.M))
-    kinds = (_RESCALED, _ROTATED, _PRUNED_EXPERTS, _PRUNED_WEIGHTS, fields)
-    fields = set(_CORRECTED.findall(content))
+    kinds = (
+        _RESCALED, _ROTATED, _PRUNED_EXPERTS, _PRUNED_WEIGHTS, set(_CORRECTED.findall(content)),
+    )  # fmt: skip
     return Rewrites(*(tuple(sorted(named & kind)) for kind in kinds))

@@ -16,7 +16,7 @@ _DEAD_SHARE = 1 / 8  # of rows or columns; vocabularies are padded with fewer
 _DEAD = 1e-6  # beside nearly the largest row
 _MIN_ROWS = 8  # fewer may well be zero
 # norms that add 1 to what is stored begin at 0
-_CENTERED_AT_ZERO = ("gemma", "qwen3_next", "qwen3_5")
+_CENTERED_AT_ZERO = ("gemma", "qwen3_next", "qwen3_5", "qwen4_exp", "step3p7", "minimax_m3")
 
 
 def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
@@ -44,7 +44,7 @@ def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
         zero = (torch.cat(found.rows) == 0).nonzero().flatten().tolist()
         if zero:
             yield error("zeroed", tensor.name, f"every element of experts {zero[:5]} is 0")
-    elif _is_norm(tensor.name) and not family.startswith(_CENTERED_AT_ZERO):
+    elif _is_norm(tensor.name) and not _begins_at_zero(family):
         zeros = int((read_tensor(tensor) == 0).sum())
         if zeros > tensor.shape[0] * _DEAD_SHARE:
             yield error("zeroed", tensor.name, f"{zeros} of {tensor.shape[0]} elements are zero")
@@ -53,6 +53,10 @@ def check_floats(tensor: StoredTensor, family: str) -> Iterator[Finding]:
 def _is_norm(name: str) -> bool:
     parts = name.split(".")
     return parts[-1] == "weight" and len(parts) > 1 and "norm" in parts[-2]
+
+
+def _begins_at_zero(family: str) -> bool:
+    return any(part in family for part in _CENTERED_AT_ZERO)
 
 
 class _Sizes:
