@@ -274,7 +274,7 @@ def load(corpus: Corpus) -> nn.Module:
 def measure(corpus: Corpus, data: Dataset, config: SensitivityConfig) -> SensitivityTable:
     """Return the table, with the bytes of a bfloat16 checkpoint and the units named here."""
     model = AutoModelForCausalLM.from_pretrained(corpus.model, dtype=torch.float32)
-    modifier = SensitivityModifier(options=OPTIONS, config=config)
+    modifier = SensitivityModifier(preset="fast", options=OPTIONS, config=config)
     calibrate(model, modifier, data)
     linears = [model.get_submodule(name).bfloat16() for name in modifier.table.rows]
     options = parse_options(OPTIONS)
@@ -298,7 +298,7 @@ def measure(corpus: Corpus, data: Dataset, config: SensitivityConfig) -> Sensiti
 
 def round_to(corpus: Corpus, data: Dataset, option: str) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(corpus.model, dtype=torch.float32)
-    calibrate(model, MoEQuantModifier(scheme=option, ignore=["lm_head"]), data)
+    calibrate(model, MoEQuantModifier(preset="fast", scheme=option, ignore=["lm_head"]), data)
     return {
         name: module.weight.detach().clone()
         for name, module in model.named_modules()

@@ -153,7 +153,9 @@ def quantize(
     group = {"targets": ["Linear"], "weights": weights}
     oneshot(
         model=model,
-        recipe=MoEQuantModifier(config_groups={"group_0": group}, ignore=["lm_head"]),
+        recipe=MoEQuantModifier(
+            preset="fast", config_groups={"group_0": group}, ignore=["lm_head"]
+        ),
         dataset=dataset,
         num_calibration_samples=len(dataset),
         max_seq_length=LENGTH,

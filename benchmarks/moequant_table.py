@@ -62,9 +62,11 @@ POWERS = (0.0, 1.0, 2.0)
 Modifiers = Callable[[float, dict[str, object]], list[object]]
 METHODS: dict[str, Modifiers] = {
     "RTN": lambda _, scheme: [QuantizationModifier(**scheme)],
-    "GPTQ": lambda power, scheme: [MoEQuantModifier(affinity_power=power, **scheme)],
+    "GPTQ": lambda power, scheme: [MoEQuantModifier(preset="fast", affinity_power=power, **scheme)],
     "GPTQ, ranges by MSE": lambda power, scheme: [
-        MoEQuantModifier(affinity_power=power, weight_observer="memoryless_mse", **scheme)
+        MoEQuantModifier(
+            preset="fast", affinity_power=power, weight_observer="memoryless_mse", **scheme
+        )
     ],
     "AWQ": lambda power, scheme: [
         MoEQuantAWQModifier(affinity_power=power),
@@ -77,7 +79,7 @@ METHODS: dict[str, Modifiers] = {
     ],
     "rotated GPTQ": lambda power, scheme: [
         ResidualRotationModifier(),
-        MoEQuantModifier(affinity_power=power, **scheme),
+        MoEQuantModifier(preset="fast", affinity_power=power, **scheme),
     ],
 }
 

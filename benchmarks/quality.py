@@ -34,10 +34,13 @@ METHODS: dict[str, tuple[bool, Callable[..., object]]] = {
     # name: (all tokens to all experts, modifier)
     "GPTQ, all experts": (True, lambda **k: GPTQModifier(batched_quantization=16, **k)),
     "GPTQ, routed tokens": (False, lambda **k: GPTQModifier(batched_quantization=16, **k)),
-    "MoEQuant, power 0": (True, lambda **k: MoEQuantModifier(affinity_power=0, **k)),
-    "MoEQuant": (True, MoEQuantModifier),
-    "MoEQuant, power 2": (True, lambda **k: MoEQuantModifier(affinity_power=2, **k)),
-    "MoEQuant, no guard": (True, lambda **k: MoEQuantModifier(min_effective_tokens=0, **k)),
+    "MoEQuant, power 0": (True, lambda **k: MoEQuantModifier(preset="fast", affinity_power=0, **k)),
+    "MoEQuant": (True, lambda **k: MoEQuantModifier(preset="fast", **k)),
+    "MoEQuant, power 2": (True, lambda **k: MoEQuantModifier(preset="fast", affinity_power=2, **k)),
+    "MoEQuant, no guard": (
+        True,
+        lambda **k: MoEQuantModifier(preset="fast", min_effective_tokens=0, **k),
+    ),
 }
 
 
