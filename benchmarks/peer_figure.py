@@ -43,12 +43,12 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return at least three round numbers, if need be fewer."""
+        """Return two or more round numbers, few enough for their labels not to overlap."""
         low, high = math.exp(self.low), math.exp(self.high)
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5), tuple(n / 10 for n in range(10, 100, 5))):
+        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
             ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
-            if len(ticks) > 2:
+            if len(ticks) > 2 or (len(ticks) > 1 and steps == (1, 2, 5)):
                 break
         return ticks
 

@@ -29,6 +29,7 @@ HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, 
 
 def main() -> None:
     pages = {
+        "README.md": {"losses": losses},
         "docs/results.md": {
             "quality": quality,
             "speed": speed,
