@@ -443,7 +443,8 @@ def activation_order_by_group(path):
         groups["group_0"]["weights"]["actorder"] = "group"
 
 
-@fault("vllm-refuses", where="self_attn", of="GPTQ format")
+# the scales of its symmetric codes have both signs
+@fault("vllm-refuses", "scale-not-positive", where="self_attn", of="GPTQ format")
 def asymmetric_gptq_format(path):
     with edited_config(path) as config:
         config["quantization_config"]["sym"] = False

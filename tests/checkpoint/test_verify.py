@@ -68,6 +68,7 @@ def test_a_lone_negative_scale_is_named_without_the_source_too(sound, tmp_path):
     path = copy_of(sound("qwen3_moe"), tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight_scale"
     with edited_tensors(path) as tensors:
+        tensors[name] = tensors[name].abs()
         tensors[name][3, 0] *= -1
 
     (found,) = verify_checkpoint(path).findings

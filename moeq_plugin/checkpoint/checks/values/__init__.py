@@ -12,10 +12,11 @@ from moeq_plugin.checkpoint.checks.values.gptq_tensors import check_gptq_tensors
 from moeq_plugin.checkpoint.checks.values.readable import is_readable
 from moeq_plugin.checkpoint.checks.values.routers import check_routers
 from moeq_plugin.checkpoint.checks.values.scales import (
+    OF_WEIGHTS,
     SCALE_DTYPES,
     SCALES,
     check_scales,
-    signed_scales,
+    unsigned_scales,
 )
 from moeq_plugin.checkpoint.codes import can_read
 from moeq_plugin.checkpoint.formats import FLOATS
@@ -25,13 +26,15 @@ from moeq_plugin.checkpoint.schemes import GPTQ_FORMS
 
 def check_values(layout: Layout) -> Iterator[Finding]:
     """Yield what is wrong with numbers; reads the whole checkpoint, one tensor at a time."""
-    signed = signed_scales(layout)
+    unsigned = unsigned_scales(layout)
     for tensor in layout.checkpoint.tensors.values():
         if not can_read(tensor):
             continue
-        if tensor.name.rpartition(".")[2] in SCALES:
+        suffix = tensor.name.rpartition(".")[2]
+        if suffix in SCALES:
             if tensor.dtype in SCALE_DTYPES:
-                yield from check_scales(tensor, may_be_signed=tensor.name in signed)
+                may_be_signed = suffix in OF_WEIGHTS and tensor.name not in unsigned
+                yield from check_scales(tensor, may_be_signed=may_be_signed)
         elif tensor.dtype in {*FLOATS, "F64"}:
             yield from check_floats(tensor, layout.architecture.family)
     for linear in layout.present():

@@ -16,8 +16,8 @@ from moeq_plugin.checkpoint.schemes import Scheme
 
 # min-max rounding puts 1 of 16 codes at a limit; with few bits the limits are where most codes are
 _SATURATED = {2: 0.95, 3: 0.8}
-_OFF_CENTRE = (0.6, 0.2)  # steps of the grid, and of their spread; weights have a mean near zero
-_MIN_ROWS, _MIN_WEIGHTS = 16, 1024  # for such a mean to say anything
+_OFF_CENTRE = (0.6, 0.2)  # steps of the grid, and of their spread; weights have a median near zero
+_MIN_ROWS, _MIN_WEIGHTS = 16, 1024  # for such a median to say anything
 
 
 class _Counts:
@@ -26,7 +26,10 @@ class _Counts:
     def __init__(self, num_bits: int) -> None:
         self.highest = (1 << num_bits) - 1
         self.low, self.high, self.at_limit = self.highest, 0, 0
-        self.sum = self.squares = 0.0
+        self.squares = 0.0
+        self.share = 0.0  # of the codes that may be negative because the signs of scales are chosen
+        # how often each code about its zero point is met
+        self.often = torch.zeros(2 * self.highest + 1, dtype=torch.int64)
         self.rows: list[torch.Tensor] = []  # the largest weight of each row
         self.columns: torch.Tensor | None = None  # the largest code, whatever its scale
 
@@ -35,13 +38,36 @@ class _Counts:
         low, high = (int(extreme) for extreme in codes.aminmax())
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.at_limit += int(((codes == 0) | (codes == self.highest)).sum())
-        centred = (codes - block.zero_point[:, block.group]).float()
-        self.sum += float(centred.sum())
+        about_zero = codes - block.zero_point[:, block.group]
+        # zero points that are beyond all codes are as wrong as those at the limits
+        numbers = about_zero.clamp(-self.highest, self.highest).flatten() + self.highest
+        self.often += torch.bincount(numbers, minlength=len(self.often))
+        if bool((block.scale < 0).any()):
+            self.share = min(1.0, block.scale.shape[1] / codes.shape[1])
+        centred = about_zero.float()
         self.squares += float(centred.square().sum())
         sizes = (centred * block.scale[:, block.group]).abs()
         self.rows.append(sizes.amax(1))
         columns = centred.abs().amax(0)
         self.columns = columns if self.columns is None else torch.maximum(self.columns, columns)
+
+    def median(self) -> float:
+        """Return how far the median code is off its zero point, in steps of the grid.
+
+        Solvers that choose the signs of scales put the largest weight of each group on the negative
+        side, where the grid reaches one step further. Without that as many codes would be negative
+        as positive, so with it zero is between the median and a quantile half that share above.
+        """
+        low, high = self._quantile(0.5), self._quantile(0.5 + self.share / 2)
+        return low if low > 0 else min(high, 0.0)
+
+    def _quantile(self, share: float) -> float:
+        """Return what a share of the codes is below, where a code stands for a whole step."""
+        cumulated = self.often.double().cumsum(0)
+        below = share * float(cumulated[-1])
+        number = int(torch.searchsorted(cumulated, below))
+        count = float(self.often[number])
+        return number - self.highest - 0.5 + (below - float(cumulated[number]) + count) / count
 
 
 def check_codes(layout: Layout, linear: Linear, scheme: Scheme) -> Iterator[Finding]:
@@ -75,8 +101,9 @@ def _uneven(where: str, linear: Linear, scheme: Scheme, counts: _Counts) -> Iter
         if what:
             yield error("dead-rows", where, what)
     size = linear.shape[0] * linear.shape[1]
-    mean, spread = counts.sum / size, (counts.squares / size) ** 0.5
+    spread = (counts.squares / size) ** 0.5
     is_enough = linear.shape[0] >= _MIN_ROWS and size >= _MIN_WEIGHTS and scheme.num_bits > 1
-    if is_enough and abs(mean) > max(_OFF_CENTRE[0], _OFF_CENTRE[1] * spread):
-        what = f"codes are {mean:+.2f} steps off their zero points in the mean, spread {spread:.2g}"
+    if is_enough and abs(counts.median()) > max(_OFF_CENTRE[0], _OFF_CENTRE[1] * spread):
+        what = f"the median code is {counts.median():+.2f} steps off its zero point"
+        what += f", spread {spread:.2g}"
         yield error("zero-point", where, what)

@@ -30,26 +30,25 @@ _SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
 # solvers that try both signs turn a quarter of all scales or more, at any width
 _FEW, _ENOUGH = 1 / 64, 256
 _SIGNED_FORMS = ("pack-quantized", "int-quantized", "naive-quantized", *GPTQ_FORMS)
+_FLOAT_FORM = "float-quantized"
 
 
-def signed_scales(layout: Layout) -> set[str]:
-    """Return the names of the tensors whose scales may have either sign."""
+def unsigned_scales(layout: Layout) -> set[str]:
+    """Return the names of the tensors of weights whose known scheme takes no negative scales."""
     return {
         layout.modules[linear.name][suffix].name
         for linear in layout.present()
-        if _may_be_signed(layout.stored[linear.name])
+        if _is_unsigned(layout.stored[linear.name])
         for suffix in OF_WEIGHTS
         if suffix in layout.modules[linear.name]
     }
 
 
-def _may_be_signed(scheme: Scheme | None) -> bool:
-    return (
-        scheme is not None
-        and scheme.symmetric
-        and not scheme.is_float
-        and scheme.form in _SIGNED_FORMS
-    )
+def _is_unsigned(scheme: Scheme | None) -> bool:
+    """Tell whether readers are known to go wrong; what nobody here knows may be as it should be."""
+    if scheme is None or scheme.form not in (*_SIGNED_FORMS, _FLOAT_FORM):
+        return False
+    return not scheme.symmetric or scheme.is_float or scheme.form == _FLOAT_FORM
 
 
 def check_scales(tensor: StoredTensor, *, may_be_signed: bool) -> Iterator[Finding]:
