@@ -58,11 +58,13 @@ def load_weights(
     from moeq_plugin.models.auto_class import language_class_of
 
     with loading(model):
-        trust = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(model, **trust) if config is None else config
+        if config is None:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     auto = language_class_of(config)
     with loading(model):
-        return auto.from_pretrained(model, config=config, dtype=dtype, **trust)
+        return auto.from_pretrained(
+            model, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:

@@ -19,7 +19,9 @@ ROUNDING = TrialRounding(min_effective_tokens=None, shrinkage=1.0, solver=Solver
 def moments(*columns):
     torch.manual_seed(0)
     return [
-        GuardedMoments([torch.nn.Linear(of, 8, bias=False)], torch.eye(of), 1.0, Basis.OWN, 64.0)
+        GuardedMoments(
+            [torch.nn.Linear(of, 8, bias=False)], torch.eye(of), 1.0, Basis.OWN, 64.0, None
+        )
         for of in columns
     ]
 
