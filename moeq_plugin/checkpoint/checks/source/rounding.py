@@ -9,7 +9,7 @@ zero points, rows and groups that are not where they belong move one of the two 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,6 +89,19 @@ class Rounding:
     def whole(self) -> Slices:
         """Return sums over the weight."""
         return self.rows().summed(0)
+
+    def evened(self) -> Rounding:
+        """Return the same with no group's grid finer than that of its row in the mean.
+
+        A solver weighs errors by the inputs and moves those of some columns into others. It may
+        leave next to nothing of a group of small weights, with a scale as small, and by that scale
+        the group has moved by many steps. By the row's, which it is added up with, it has not.
+        """
+        groups = self.groups
+        of_row = groups.grid.sum(1, keepdim=True) / groups.count.sum(1, keepdim=True)
+        grid = torch.maximum(groups.grid, of_row * groups.count).clamp_min(_TINY)
+        offset = groups.offset * (groups.grid / grid).sqrt()
+        return replace(self, groups=replace(groups, grid=grid, offset=offset))
 
 
 def measure(blocks: Iterable[Block], original: torch.Tensor) -> Rounding:
