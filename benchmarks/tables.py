@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ablation_tables import ablation, effects
+from domain_tables import calibration_sets
 from ingredient_tables import ingredients
 from peer_figure import figure
 from peer_tables import costs, losses
@@ -50,6 +51,7 @@ def main() -> None:
             "perplexity": partial(ablation, "perplexity", 1, 2),
             "routing": partial(ablation, "routing_agreement", 100, 1),
         },
+        "docs/calibration_text.md": {"sets": calibration_sets},
         "docs/awq.md": {"speed": awq_speed},
         "docs/peers.md": {"losses": losses, "costs": costs},
         "docs/solver.md": {"ingredients": ingredients},
