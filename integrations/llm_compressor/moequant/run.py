@@ -154,7 +154,8 @@ class Run:
         Raises:
             ValueError: if no batch has called anything at all.
         """
-        self._check_reached()
+        if not self.record.linears:
+            _check_reached(list(self._pending.values()))
         with disable_offloading():
             for module in list(self._pending):
                 observe(module, base_name="weight")
@@ -176,21 +177,6 @@ class Run:
         if self._outputs is not None:
             self.record.run["row feedback"] = self._outputs.in_words()
         self._host.on_finalize(state)
-
-    def _check_reached(self) -> None:
-        """Refuse a pass in which the host has called the model, and none of it was to be quantized.
-
-        Raises:
-            ValueError: saying what can be done.
-        """
-        if self._pending and not self.record.linears:
-            first = next(iter(self._pending.values()))
-            raise ValueError(
-                f"the calibration data have reached none of {len(self._pending)} linears, such as "
-                f"{first}: llm-compressor cuts this model so that its layers get no data, and all "
-                "would be rounded to nearest, which was not asked for. Nothing is saved; "
-                'oneshot(..., pipeline="basic"), which holds the whole model in memory, cuts none'
-            )
 
     def _detach_pending(self) -> None:
         """After a failure: leave what was not quantized as it was before the run."""
@@ -309,3 +295,18 @@ class Run:
         """Translate the host's ``batched_quantization``; "auto" means what memory allows."""
         batched = self._host.batched_quantization
         return None if batched == "auto" else batched or 1
+
+
+def _check_reached(pending: list[str]) -> None:
+    """Refuse a pass in which the host has called the model, and none of it was to be quantized.
+
+    Raises:
+        ValueError: saying what can be done.
+    """
+    if pending:
+        raise ValueError(
+            f"the calibration data have reached none of {len(pending)} linears, such as "
+            f"{pending[0]}: llm-compressor cuts this model so that its layers get no data, and all "
+            "would be rounded to nearest, which was not asked for. Nothing is saved; "
+            'oneshot(..., pipeline="basic"), which holds the whole model in memory, cuts none'
+        )
