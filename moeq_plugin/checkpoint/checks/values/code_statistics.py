@@ -16,7 +16,7 @@ from moeq_plugin.checkpoint.schemes import Scheme
 
 # min-max rounding puts 1 of 16 codes at a limit; with few bits the limits are where most codes are
 _SATURATED = {2: 0.95, 3: 0.8}
-_OFF_CENTRE = (0.6, 0.24)  # steps of the grid, and of their spread; weights have a median near zero
+_OFF_CENTRE = (0.6, 0.2)  # steps of the grid, and of their spread; weights have a median near zero
 _MIN_ROWS, _MIN_WEIGHTS = 16, 1024  # for such a median to say anything
 
 
