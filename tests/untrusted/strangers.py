@@ -56,8 +56,9 @@ def tensors():
         f"{prefix}.mlp.experts.{e}.{p}_proj" for e in (0, 1) for p in ("gate", "up", "down")
     ]
     for name in linears:
-        words = torch.randint(-(1 << 31), 1 << 31, (SIZE, SIZE // 8), generator=random)
-        found[f"{name}.weight_packed"] = words.int()
+        codes = torch.randint(1, 16, (SIZE, SIZE // 8, 8), generator=random)  # around 8, which is 0
+        words = (codes << torch.arange(0, 32, 4)).sum(-1)
+        found[f"{name}.weight_packed"] = words.to(torch.int32)  # the low half of each
         found[f"{name}.weight_scale"] = torch.rand(SIZE, 1, generator=random).bfloat16() + 0.5
         found[f"{name}.weight_shape"] = torch.tensor([SIZE, SIZE])
     return found
