@@ -102,9 +102,7 @@ def solve_refined(
         scale = refit_scales(weight, codes, scale, zero_point, hessian, grid)
         codes = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
     scale = refit_scales(weight, codes, scale, zero_point, hessian, grid)
-    rounded = dequantize(codes, scale, zero_point, grid)
-    loss = row_losses(weight.float() - rounded.float(), hessian)
-    return Refined(Solution(rounded, loss, solution.is_nearest), scale, zero_point)
+    return _refined(weight, codes, scale, zero_point, hessian, grid, solution.is_nearest)
 
 
 def _solve_rows(
@@ -128,9 +126,22 @@ def _solve_rows(
         codes, scale = descend_rows(
             weight, codes, scale, zero_point, hessian, outputs, columns.order, grid
         )
+    return _refined(weight, codes, scale, zero_point, hessian, grid, columns.is_nearest)
+
+
+def _refined(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    is_nearest: torch.Tensor,
+) -> Refined:
+    """Return what codes and scales amount to, with the loss of each row."""
     rounded = dequantize(codes, scale, zero_point, grid)
     loss = row_losses(weight.float() - rounded.float(), hessian)
-    return Refined(Solution(rounded, loss, columns.is_nearest), scale, zero_point)
+    return Refined(Solution(rounded, loss, is_nearest), scale, zero_point)
 
 
 def _search(

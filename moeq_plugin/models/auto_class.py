@@ -6,27 +6,20 @@ loads the text and drops the rest without a word, so the class that files were s
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from typing import TYPE_CHECKING, Any
 
 from moeq_plugin.models.moe import UnsupportedModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 # what can be calibrated on text alone, then what is only read; a config's first fit counts
-_CALIBRATED = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_CALIBRATED = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 _ALL = (
     *_CALIBRATED,
-    AutoModelForMultimodalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTokenClassification,
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTokenClassification",
 )
 
 
@@ -39,7 +32,12 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     Raises:
         UnsupportedModelError: if none does.
     """
-    found = {auto: _built_by(auto, config) for auto in _ALL}
+    import transformers
+
+    found = {}
+    for name in _ALL:
+        auto = getattr(transformers, name)
+        found[auto] = _built_by(auto, config)
     named = set(config.architectures or ())
     for auto, classes in found.items():
         if named & {cls.__name__ for cls in classes}:
@@ -48,7 +46,7 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
         if any(isinstance(config, cls.config_class) for cls in classes):
             return auto
     if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        return AutoModelForCausalLM  # a class that the model brings along
+        return transformers.AutoModelForCausalLM  # a class that the model brings along
     raise UnsupportedModelError(
         f"transformers has no class that builds the whole of {_described(config)}"
     )
@@ -73,10 +71,10 @@ def language_class_of(config: PreTrainedConfig) -> Any:
         UnsupportedModelError: if the model is of another kind.
     """
     auto = auto_class_of(config)
-    if auto not in _CALIBRATED:
+    if auto.__name__ not in _CALIBRATED:
         raise UnsupportedModelError(
             f"{_described(config)} is built by {auto.__name__}; only models of "
-            f"{' and '.join(cls.__name__ for cls in _CALIBRATED)} are calibrated on text, others "
+            f"{' and '.join(_CALIBRATED)} are calibrated on text, others "
             "cannot be quantized"
         )
     return auto

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightTransform
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 # how a linearized expert calls what transformers fuses into one tensor
 _FUSED = {
@@ -25,6 +25,8 @@ _PER_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight\$?$")
 
 def names_in_checkpoint(rules: Iterable[WeightTransform]) -> dict[str, str]:
     """Return for each projection of an expert what a checkpoint calls it; empty without a rule."""
+    from transformers.core_model_loading import WeightConverter
+
     names: dict[str, str] = {}
     for rule in rules:
         if not isinstance(rule, WeightConverter):
@@ -46,6 +48,8 @@ def names_by_config(config: Mapping[str, Any]) -> dict[str, str]:
     Args:
         config: the content of ``config.json``.
     """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     names: dict[str, str] = {}
     for owner in _owners(config):
         names |= names_in_checkpoint(get_checkpoint_conversion_mapping(owner) or ())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from moeq_plugin.core.names import pool_of
 from moeq_plugin.core.sampling import draw
@@ -68,15 +69,10 @@ class OutputGradients:
         with ExitStack() as undo, torch.enable_grad():
             freeze(model, undo)
             router_inputs = self._listen(model, undo)
-            for batch in batches:
-                if tokens_before + self.num_tokens >= max_tokens:
-                    break
-                ids = batch["input_ids"].to(device)
-                mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
+            start = tokens_before + self.num_tokens
+            for ids, mask, chances in drawn_for(batches, device, start, max_tokens, seed):
                 self._keep = mask.flatten()
-                chances = chances_of([row[kept] for row, kept in zip(ids, mask, strict=True)], seed)
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = surprise(logits.flatten(0, -2)[self._keep], next(chances))
+                loss = drawn_surprise(model, ids, mask, next(chances))
                 if router_weight:
                     of_routers = self._router_surprise(router_inputs, chances)
                     loss = loss + router_weight**0.5 * of_routers
@@ -120,8 +116,7 @@ class OutputGradients:
 
     def _listen(self, model: nn.Module, undo: ExitStack) -> list[tuple[nn.Module, torch.Tensor]]:
         """Register all hooks; return the list that routers' inputs will be put into."""
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        hooks = [embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_())]
+        hooks = [start_gradients(model)]
         hooks += [linear.register_forward_hook(self._catch) for linear in self._names]
         router_inputs: list[tuple[nn.Module, torch.Tensor]] = []
         for layer in self._layers:
@@ -206,6 +201,49 @@ def freeze(model: nn.Module, undo: ExitStack) -> None:
     for parameter in parameters:
         parameter.requires_grad = False
     undo.callback(lambda: [p.requires_grad_() for p in parameters])
+
+
+def start_gradients(model: nn.Module) -> RemovableHandle:
+    """Let gradients flow from a model's token embedding on, until the handle is removed."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    handle: RemovableHandle = embedding.register_forward_hook(
+        lambda _module, _args, output: output.requires_grad_()
+    )
+    return handle
+
+
+def drawn_for(
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    device: torch.device,
+    tokens_before: int,
+    max_tokens: int,
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
+    """Yield token ids, mask and :func:`chances_of` each batch, on a device.
+
+    Args:
+        batches: ``input_ids`` and maybe ``attention_mask``, ``[batch, sequence]``.
+        device: of the model.
+        tokens_before: how many were seen before these.
+        max_tokens: the batch that reaches this many is the last.
+        seed: of the chances.
+    """
+    seen = tokens_before
+    for batch in batches:
+        if seen >= max_tokens:
+            return
+        ids = batch["input_ids"].to(device)
+        mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
+        yield ids, mask, chances_of([row[k] for row, k in zip(ids, mask, strict=True)], seed)
+        seen += int(mask.sum())
+
+
+def drawn_surprise(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, chance: torch.Tensor
+) -> torch.Tensor:
+    """Return :func:`surprise` at tokens that a causal language model draws itself."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return surprise(logits.flatten(0, -2)[mask.flatten()], chance)
 
 
 def chances_of(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:

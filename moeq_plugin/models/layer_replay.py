@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moeq_plugin.models.gradients import chances_of, freeze, surprise
+from moeq_plugin.models.gradients import (
+    drawn_for,
+    drawn_surprise,
+    freeze,
+    start_gradients,
+)
 
 
 @dataclass
@@ -72,21 +77,15 @@ class LayerReplay:
         device = next(model.parameters()).device
         with ExitStack() as undo, torch.enable_grad():
             freeze(model, undo)
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
-            hooks = [embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_())]
+            hooks = [start_gradients(model)]
             for layer in self._layers.values():
                 hooks.append(layer.register_forward_pre_hook(self._note_call, with_kwargs=True))
                 hooks.append(layer.register_forward_hook(self._note_gradients))
             for hook in hooks:
                 undo.callback(hook.remove)
-            for batch in batches:
-                if tokens_before + self.num_tokens >= max_tokens:
-                    break
-                ids = batch["input_ids"].to(device)
-                mask = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()
-                chances = chances_of([row[kept] for row, kept in zip(ids, mask, strict=True)], seed)
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = surprise(logits.flatten(0, -2)[mask.flatten()], next(chances))
+            start = tokens_before + self.num_tokens
+            for ids, mask, chances in drawn_for(batches, device, start, max_tokens, seed):
+                loss = drawn_surprise(model, ids, mask, next(chances))
                 if loss.requires_grad:
                     loss.backward()
                 self.num_tokens += int(mask.sum())

@@ -5,11 +5,11 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from checkpoints import to_gptq
+from damaged_json import damaged, paths_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -62,18 +62,6 @@ def bases(sound, tmp_path_factory):
     return [root / "model", root / "compressed", root / "gptq"]
 
 
-def paths_of(content, before=()):
-    """Return the way to every entry of nested objects and lists."""
-    found = [before] if before else []
-    if isinstance(content, dict):
-        entries = content.items()
-    else:
-        entries = enumerate(content) if isinstance(content, list) else ()
-    for key, inner in entries:
-        found += paths_of(inner, (*before, key))
-    return found
-
-
 def change(content, path, value, is_removed):
     for key in path[:-1]:
         content = content[key]
@@ -81,17 +69,6 @@ def change(content, path, value, is_removed):
         del content[path[-1]]
     else:
         content[path[-1]] = value
-
-
-@contextmanager
-def damaged(file, content):
-    """Put ``content`` into a file for a while."""
-    original = file.read_bytes()
-    file.write_bytes(content)
-    try:
-        yield
-    finally:
-        file.write_bytes(original)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from damaged_json import damaged, paths_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strangers import INDEX, snapshot, write_checkpoint, write_index
@@ -107,18 +108,6 @@ def run(root, arguments):
     return done.exit_code
 
 
-def paths_of(content, before=()):
-    """Return the way to every entry of nested objects and lists."""
-    found = [before] if before else []
-    if isinstance(content, dict):
-        entries = content.items()
-    else:
-        entries = enumerate(content) if isinstance(content, list) else ()
-    for key, inner in entries:
-        found += paths_of(inner, (*before, key))
-    return found
-
-
 @st.composite
 def damages(draw):
     """What to do to a JSON file, as plain data that the corpus can keep."""
@@ -144,17 +133,6 @@ def damage(content, changes):
             parent[key] = value
         else:
             parent[last] = value
-
-
-@contextmanager
-def damaged(file, content):
-    """Put ``content`` into a file for a while."""
-    original = file.read_bytes()
-    file.write_bytes(content)
-    try:
-        yield
-    finally:
-        file.write_bytes(original)
 
 
 # for each kind of file, the commands that read it

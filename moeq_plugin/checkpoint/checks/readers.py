@@ -15,6 +15,7 @@ from moeq_plugin.checkpoint.lookup import transformers_experts_scheme
 from moeq_plugin.checkpoint.reader_names import split_tensor
 from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme, describe
 from moeq_plugin.models.expert_reading import Grid, misread_experts
+from moeq_plugin.models.expert_rules import names_by_config
 
 _ONLY_WITH_US = (
     "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory); "
@@ -42,8 +43,6 @@ def _misreadings(layout: Layout) -> Iterator[str]:
     experts = [e for e in layout.present(Role.EXPERT) if not e.is_mtp]
     if not experts:
         return
-    from moeq_plugin.models.expert_rules import names_by_config  # loads transformers
-
     grids = {_grid(layout.stored[expert.name]) for expert in experts}
     names = names_by_config(layout.checkpoint.config)
     yield from misread_experts(grids, names, _names_in_file(layout, experts), "transformers")
