@@ -92,12 +92,13 @@ CONTENDERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", help="names of benchmarks/corpora.py; all")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
     done = {(r["seed"], r["model"], r["contender"], r["grid"]) for r in runs}
-    for seed, corpus, name, grid in cases(arguments.models):
+    for seed, corpus, name, grid in cases(arguments.models, arguments.contenders):
         if (seed, corpus.name, name, grid) in done:
             continue
         case = {"model": corpus.name, "grid": grid, "seed": seed, "contender": name}
@@ -107,12 +108,13 @@ def main() -> None:
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def cases(models: list[str] | None) -> Iterator[tuple[int, Corpus, str, str]]:
+def cases(models: list[str] | None, names: list[str]) -> Iterator[tuple[int, Corpus, str, str]]:
     """Yield seeds, models, contenders and grids, in the order in which they are wanted."""
     dense = dense_corpora()
     found = [of for of in [*corpora(), *dense] if not models or of.name in models]
     for seed, corpus in itertools.product(range(3), found):
-        for name, contender in CONTENDERS.items():
+        for name in names:
+            contender = CONTENDERS[name]
             for grid, about in contender.grids.items():
                 says_nothing = corpus in dense and about.num_bits == 4
                 if seed < contender.num_seeds and not says_nothing:

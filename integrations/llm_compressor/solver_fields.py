@@ -21,10 +21,11 @@ class Preset(StrEnum):
 
 
 _BALANCED: Mapping[str, Any] = {
-    "scale_search": ScaleSearch.NARROW,
+    "scale_search": ScaleSearch.MODERATE,
     "signed_scales": True,
     "refine_rounds": 2,
     "dampening_frac": 0.05,
+    "prior_tokens": 0.5,
 }
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.FAST: {},
@@ -37,17 +38,21 @@ class SolverFields(FrozenFields):
     """How weights are rounded.
 
     Args:
-        preset: fills in fields that are not given: ``balanced`` means ``scale_search="narrow"``,
-            ``signed_scales=True``, ``refine_rounds=2`` and ``dampening_frac=0.05``; ``best`` the
-            same with ``row_feedback=True``; ``fast`` means the defaults of the fields.
+        preset: fills in fields that are not given: ``balanced`` means ``scale_search="moderate"``,
+            ``signed_scales=True``, ``refine_rounds=2``, ``dampening_frac=0.05`` and
+            ``prior_tokens=0.5``; ``best`` the same with ``row_feedback=True``; ``fast`` means the
+            defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
-            within 20 % of the range, ``conditional`` and ``group`` in a wide range by the second
-            moments. An observer that a scheme or ``weight_observer`` asks for, other than the
-            default one, comes before any search.
+            within 20 % of the range, ``moderate`` within 40 %, ``conditional`` and ``group`` in a
+            wide range by the second moments. An observer that a scheme or ``weight_observer`` asks
+            for, other than the default one, comes before any search.
         signed_scales: let the search make scales negative on symmetric grids, where that puts the
             code without a counterpart on the side that needs it. Which readers were seen to take
             such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
+        prior_tokens: take each linear to have seen, beside its own tokens, this many times its
+            number of input features of white noise. It is damping that matters where tokens are
+            few, as for experts that the router seldom picks, and vanishes where they are many.
         row_feedback: let the rows of a weight make up for each other, as far as their outputs
             change the same predictions. Takes one backward pass through the whole model, over at
             most 16384 tokens of the calibration data.
@@ -60,6 +65,7 @@ class SolverFields(FrozenFields):
     scale_search: ScaleSearch = ScaleSearch.GIVEN
     signed_scales: bool = False
     refine_rounds: int = Field(default=0, ge=0)
+    prior_tokens: float = Field(default=0.0, ge=0)
     row_feedback: bool = False
     corrected_target: bool = False
     # of the host's GPTQModifier, where a subclass is one
@@ -93,5 +99,6 @@ class SolverFields(FrozenFields):
             signed=self.signed_scales,
             rounds=self.refine_rounds,
             dampening_frac=self.dampening_frac or 0.0,
+            prior_tokens=self.prior_tokens,
             block_size=self.block_size,
         )

@@ -146,6 +146,21 @@ def shrink_toward(
     return mixed.add_(layer_moments.hessian, alpha=layer_share)
 
 
+def with_white_noise(hessian: torch.Tensor, share: float) -> torch.Tensor:
+    """Return second moments as if white noise of ``share`` times their mean power had joined them.
+
+    Args:
+        hessian: ``[in, in]``, symmetric; not modified.
+        share: of the mean second moment, added to each of them; 0 returns ``hessian`` itself.
+    """
+    if share == 0:
+        return hessian
+    noisy = hessian.clone()
+    diagonal = noisy.diagonal()
+    diagonal += share * diagonal.mean()
+    return noisy
+
+
 def own_share(
     moments: SecondMoments, *, min_effective_tokens: float, shrinkage: float = 1.0
 ) -> float:

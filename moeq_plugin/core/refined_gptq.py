@@ -23,6 +23,7 @@ from moeq_plugin.core.row_descent import descend_rows
 from moeq_plugin.core.row_feedback import factorize_rows, round_rows
 from moeq_plugin.core.scale_refit import refit_scales, row_losses
 from moeq_plugin.core.scale_search import (
+    MODERATE,
     NARROW,
     power_cost,
     quadratic_cost,
@@ -156,6 +157,8 @@ def _search(
     shares = wide(grid.num_bits)
     if options.scale_search is ScaleSearch.NARROW:
         shares, cost = NARROW, power_cost(2.4)
+    elif options.scale_search is ScaleSearch.MODERATE:
+        shares, cost = MODERATE, power_cost(3.5)
     elif options.scale_search is ScaleSearch.GROUP:
         cost = quadratic_cost(factorization.damped(hessians), num_groups)
     else:

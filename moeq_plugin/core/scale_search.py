@@ -4,9 +4,10 @@ A scale that does not reach the largest weights makes the steps between all othe
 candidate costs is judged before anything is compensated, by one of three measures of the errors
 ``e`` of rounding to nearest:
 
-* :func:`power_cost`: ``sum |e|^2.4``, as the host's ``memoryless_mse`` observer does. An exponent
-  above 2 spares the largest errors; GPTQ's compensation pushes more weights into a clipped range
-  than lie there at first.
+* :func:`power_cost`: ``sum |e|^p``, with 2.4 as the host's ``memoryless_mse`` observer does. An
+  exponent above 2 spares the largest errors, which GPTQ makes larger still: its compensation pushes
+  more weights beyond a clipped range than lie there at first. The further a search goes from the
+  range, the more that matters.
 * :func:`weighted_cost`: ``sum d_j e_j^2``.
 * :func:`quadratic_cost`: ``e @ H_gg @ e``, with the group's own block of the Hessian.
 
@@ -27,6 +28,9 @@ Cost = Callable[[torch.Tensor], torch.Tensor]
 
 NARROW = tuple(1 - step / 100 for step in range(20))
 """At most 20 % off the range, as the host's ``memoryless_mse``."""
+
+MODERATE = tuple(1 - step / 60 for step in range(25))
+"""At most 40 % off the range."""
 
 _WIDEST, _STEPS = 1.1, 32
 _NARROWEST = {2: 0.25, 3: 0.4, 4: 0.55}  # of the range, by bits

@@ -12,6 +12,7 @@ class ScaleSearch(StrEnum):
 
     GIVEN = "given"  # the caller's
     NARROW = "narrow"  # at most 20 % off the range, by sum |e|^2.4
+    MODERATE = "moderate"  # at most 40 % off the range, by sum |e|^3.5
     CONDITIONAL = "conditional"  # wide, errors weighted by what no later column makes up for
     GROUP = "group"  # wide, by the group's own block of the Hessian
 
@@ -26,6 +27,8 @@ class SolverOptions:
         rounds: of refitting scales and descending along codes after GPTQ; scales are refitted
             once more at the end.
         dampening_frac: fraction of the mean diagonal that is added to the diagonal.
+        prior_tokens: in units of input features, how many tokens of white noise each linear is
+            taken to have seen beside its own: damping that falls with what was seen.
         block_size: see :func:`moeq_plugin.core.gptq.solve`.
     """
 
@@ -33,6 +36,7 @@ class SolverOptions:
     signed: bool = False
     rounds: int = 0
     dampening_frac: float = 0.01
+    prior_tokens: float = 0.0
     block_size: int = 128
 
     def __post_init__(self) -> None:
@@ -40,6 +44,8 @@ class SolverOptions:
             raise ValueError(f"rounds must be at least 0, got {self.rounds}")
         if not 0 <= self.dampening_frac < math.inf:
             raise ValueError(f"dampening_frac must be finite, >= 0, got {self.dampening_frac}")
+        if not 0 <= self.prior_tokens < math.inf:
+            raise ValueError(f"prior_tokens must be finite, >= 0, got {self.prior_tokens}")
         if self.signed and self.scale_search is ScaleSearch.GIVEN:
             raise ValueError("signed needs a scale search: given scales are taken as they are")
 

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from moeq_plugin.core.hessian import SecondMoments, accumulate_hessian, shrink_toward
+from moeq_plugin.core.hessian import (
+    SecondMoments,
+    accumulate_hessian,
+    shrink_toward,
+    with_white_noise,
+)
 
 
 @pytest.fixture
@@ -152,3 +157,15 @@ def test_peaks_are_weighted_like_the_second_moments():
 
     assert weighted.peak_square_sum.item() == 0.5 * 9 + 2 * 4
     assert plain.peak_square_sum.item() == 9 + 4
+
+
+def test_white_noise_adds_the_same_power_to_all_inputs_and_nothing_between_them(rng):
+    moments = SecondMoments.zeros(3)
+    moments.add(torch.randn(20, 3, generator=rng))
+    before = moments.hessian.clone()
+
+    noisy = with_white_noise(moments.hessian, 0.5)
+
+    torch.testing.assert_close(noisy, before + 0.5 * before.trace() / 3 * torch.eye(3))
+    assert torch.equal(moments.hessian, before)
+    assert with_white_noise(before, 0.0) is before

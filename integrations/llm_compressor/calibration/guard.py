@@ -1,4 +1,7 @@
-"""Second moments that no expert starves on: too few tokens of its own borrow from the layer."""
+"""Second moments that no expert starves on: too few tokens of its own borrow from the layer.
+
+A prior of white noise (``prior_tokens``) weighs much against few tokens and little against many.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ import torch
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
-from moeq_plugin.core.hessian import SecondMoments, shrink_toward
+from moeq_plugin.core.hessian import (
+    SecondMoments,
+    own_share,
+    shrink_toward,
+    with_white_noise,
+)
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
@@ -22,6 +30,7 @@ def guard(
     *,
     min_effective_tokens: float | None,
     shrinkage: float,
+    prior_tokens: float = 0.0,
 ) -> tuple[torch.Tensor, float, Basis]:
     """Return a Hessian that does not starve the expert, its sum of weights and what it rests on.
 
@@ -31,6 +40,8 @@ def guard(
         min_effective_tokens: threshold; ``None`` means the number of input features, below which
             the second moments cannot have full rank.
         shrinkage: see :func:`moeq_plugin.core.hessian.shrink_toward`.
+        prior_tokens: of white noise that join what the expert has seen or borrowed, in units of
+            input features.
     """
     moments, position = observation.moments, observation.position
     threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
@@ -39,14 +50,22 @@ def guard(
     if position is None or position.expert is None or is_fed:
         own = Basis.OWN if is_fed else Basis.FEW
         basis = own if effective > 0 else Basis.NONE
-        return moments.hessian, moments.weight_sum.item(), basis
+        hessian = _with_prior(moments.hessian, prior_tokens, effective)
+        return hessian, moments.weight_sum.item(), basis
     sample = calibration.samples[position.layer.experts]
     of_layer = layer_moments(observation, position.layer.expert(position.expert), sample)
-    hessian = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
+    mixed = shrink_toward(moments, of_layer, min_effective_tokens=threshold, shrinkage=shrinkage)
     # a mixture is made of means: the sum of its weights is 1
     if of_layer.effective_tokens == 0:
-        return hessian, 1.0, Basis.NONE
+        return mixed, 1.0, Basis.NONE
+    own = own_share(moments, min_effective_tokens=threshold, shrinkage=shrinkage)
+    tokens = effective / own if own > 0 else of_layer.effective_tokens
+    hessian = _with_prior(mixed, prior_tokens, tokens)
     return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
+
+
+def _with_prior(hessian: torch.Tensor, prior_tokens: float, tokens: float) -> torch.Tensor:
+    return with_white_noise(hessian, prior_tokens * len(hessian) / tokens) if tokens else hessian
 
 
 @torch.no_grad()

@@ -159,6 +159,7 @@ class Request:
             calibration,
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
+            prior_tokens=self.solver.prior_tokens,
         )
 
     def correct(self, observation: Observation, hessian: torch.Tensor, basis: Basis) -> None:

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import disable_quantization
 from datasets import Dataset
 
 from moeq_plugin import MoEQuantModifier
+from moeq_plugin.records.run import Basis
 
 
 class Spy(MoEQuantModifier):
@@ -212,3 +213,57 @@ def test_batch_size_changes_nothing(tmp_path):
         if "layers.0" in name:
             other = four.__dict__["seen"][name][0]
             torch.testing.assert_close(other.hessian, moments.hessian, rtol=1e-4, atol=1e-4)
+
+
+PRIOR = 0.5
+
+
+class Guarded(Spy):
+    """Keeps what the guard makes of every observation."""
+
+    def _note(self, run):
+        super()._note(run)
+        made = self.__dict__.setdefault("made", {})
+        for observation in run._calibration.observations.values():
+            hessian, weight_sum, basis = run._request.guard(observation, run._calibration)
+            for linear in observation.linears:
+                made[run._names[linear]] = (hessian / weight_sum, basis)
+
+
+def test_a_prior_is_white_noise_beside_the_tokens_that_an_expert_has_or_borrows(tmp_path):
+    """In float64; the layer's sample is all of its tokens here, for they are few."""
+    modifier = Guarded(config_groups=int4(16), prior_tokens=PRIOR, min_effective_tokens=40)
+    oneshot(tiny_model("qwen3_moe", tmp_path), modifier, dataset(4, 24))
+
+    bases = set()
+    for name, (moments, position, weights) in modifier.__dict__["seen"].items():
+        made, basis = modifier.__dict__["made"][name]
+        num_inputs, n = len(moments.hessian), moments.effective_tokens
+        expected, rests_on = moments.hessian.double() / moments.weight_sum, n
+        if basis is Basis.SHRUNK:
+            calls = modifier.__dict__["calls"][position.layer.name]
+            module = position.layer.expert(position.expert)
+            for key, value in weights.items():
+                module.get_parameter(key).data.copy_(value)
+            module.apply(disable_quantization)
+            with torch.no_grad():
+                rows = inputs_of(name, module, torch.cat([c[0].flatten(0, -2) for c in calls]))
+            of_layer = 2 * rows.double().T @ rows.double() / len(rows)
+            expected, rests_on = (n * expected + (40 - n) * of_layer) / 40, 40
+        noise = PRIOR * num_inputs / rests_on
+        expected = expected + noise * expected.trace() / num_inputs * torch.eye(num_inputs)
+        assert (made.double() - expected).norm() < 1e-5 * expected.norm(), name
+        bases.add(basis)
+    assert bases == {Basis.OWN, Basis.SHRUNK}
+
+
+def test_sensitivities_are_measured_with_the_prior():
+    modifier = MoEQuantModifier(prior_tokens=PRIOR, bits_per_weight=4.0)
+
+    assert modifier.sensitivity_modifier().solver_options().prior_tokens == PRIOR
+
+
+@pytest.mark.parametrize("tokens", [-1.0, float("inf"), float("nan")])
+def test_refuses_a_prior_that_is_no_number_of_tokens(tokens):
+    with pytest.raises(ValueError, match="prior_tokens"):
+        MoEQuantModifier(prior_tokens=tokens)
