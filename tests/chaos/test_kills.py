@@ -32,6 +32,7 @@ from chaos_runs import (
 
 import moeq_plugin.cli  # noqa: F401 - before the fork
 import moeq_plugin.integrations.llm_compressor  # noqa: F401 - likewise
+from moeq_plugin.files.lock import LOCK_FILE
 from moeq_plugin.files.sealed import SealedFile
 from moeq_plugin.files.work_dir import holds_progress
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
@@ -69,12 +70,17 @@ def at(source, directory, mode, name):
 
 def finish(mode, place, wanted):
     """Run until the end; what failed before may be in the way of nothing."""
+    expected = {f"{place.out.name}.said", place.work.name}
     if mode == "sample" or not place.out.exists():
         assert wait(start(mode, place)) == 0, said(place)
+    elif (stage := place.out.with_name(f".{place.out.name}.partial")).exists():
+        # killed after the checkpoint got its name: nobody was left to remove where it had been made
+        assert {path.name for path in stage.iterdir()} <= {LOCK_FILE}
+        expected.add(stage.name)
     assert digest(place) == wanted
     left = {p.name for p in place.out.parent.iterdir()} - {place.out.name}
     manifest = {place.out.with_suffix(".manifest.json").name} if mode == "sample" else set()
-    assert left - manifest <= {f"{place.out.name}.said", place.work.name}, left
+    assert left - manifest <= expected, left
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -58,8 +58,8 @@ def guard(
     # a mixture is made of means: the sum of its weights is 1
     if of_layer.effective_tokens == 0:
         return mixed, 1.0, Basis.NONE
-    own = own_share(moments, min_effective_tokens=threshold, shrinkage=shrinkage)
-    tokens = effective / own if own > 0 else of_layer.effective_tokens
+    share = own_share(moments, min_effective_tokens=threshold, shrinkage=shrinkage)
+    tokens = effective / share if share > 0 else of_layer.effective_tokens
     hessian = _with_prior(mixed, prior_tokens, tokens)
     return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
 
