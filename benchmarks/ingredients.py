@@ -13,29 +13,25 @@ import argparse
 import itertools
 import json
 import os
-import time
 from pathlib import Path
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 import torch
-from corpora import Corpus, corpora
-from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM
-
-from moeq_plugin import MoEQuantModifier
-from moeq_plugin.models.evaluation import evaluate
+from corpora import corpora
+from one_run import GRIDS, HELDOUT, LENGTH, one_run
 
 RESULT = Path(__file__).parent / "results" / "ingredients.json"
-SEQUENCES, LENGTH, HELDOUT = 64, 256, 96
-GRIDS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
+SEQUENCES = 64
 
 NARROW, SIGNED = {"scale_search": "narrow"}, {"signed_scales": True}
+MODERATE, PRIOR = {"scale_search": "moderate"}, {"prior_tokens": 0.5}
 ROUNDS, DAMPED = {"refine_rounds": 2}, {"dampening_frac": 0.05}
 ROWS = {"row_feedback": True}
 CORRECTED = {"corrected_target": True}
 CONDITIONAL, GROUP = {"scale_search": "conditional"}, {"scale_search": "group"}
-BALANCED = {**NARROW, **SIGNED, **ROUNDS, **DAMPED}
+NARROW_STACK = {**NARROW, **SIGNED, **ROUNDS, **DAMPED}
+BALANCED = {"preset": "balanced"}
 CONTENDERS: dict[str, dict[str, object]] = {
     "default": {},
     # one alone
@@ -54,7 +50,7 @@ CONTENDERS: dict[str, dict[str, object]] = {
     "conditional for narrow": {**CONDITIONAL, **ROUNDS, **DAMPED},
     "group for narrow": {**GROUP, **ROUNDS, **DAMPED},
     # signed scales: likewise
-    "signed + narrow + 2 rounds + damping": BALANCED,
+    "signed + narrow + 2 rounds + damping": NARROW_STACK,
     "signed, without rounds": {**NARROW, **SIGNED, **DAMPED},
     "signed, without damping": {**NARROW, **SIGNED, **ROUNDS},
     "signed, conditional for narrow": {**CONDITIONAL, **SIGNED, **ROUNDS, **DAMPED},
@@ -62,13 +58,22 @@ CONTENDERS: dict[str, dict[str, object]] = {
     # with the 16-bit stream beside the quantized one
     "corrected target": CORRECTED,
     "corrected + narrow + 2 rounds + damping": {**CORRECTED, **NARROW, **ROUNDS, **DAMPED},
-    "corrected + signed + narrow + 2 rounds + damping": {**CORRECTED, **BALANCED},
+    "corrected + signed + narrow + 2 rounds + damping": {**CORRECTED, **NARROW_STACK},
     # rows that make up for each other, and one less
-    "signed + narrow + 2 rounds + damping + row feedback": {**BALANCED, **ROWS},
+    "signed + narrow + 2 rounds + damping + row feedback": {**NARROW_STACK, **ROWS},
     "row feedback, unsigned": {**NARROW, **ROUNDS, **DAMPED, **ROWS},
     "row feedback, without rounds": {**NARROW, **SIGNED, **DAMPED, **ROWS},
-    # all of it
-    "corrected + row feedback": {**BALANCED, **CORRECTED, **ROWS},
+    "corrected + row feedback": {**NARROW_STACK, **CORRECTED, **ROWS},
+    # the presets, and one less
+    "moderate search": MODERATE,
+    "prior": PRIOR,
+    "balanced": BALANCED,
+    "balanced, without search": {**BALANCED, "scale_search": "given", "signed_scales": False},
+    "balanced, without signs": {**BALANCED, "signed_scales": False},
+    "balanced, without rounds": {**BALANCED, "refine_rounds": 0},
+    "balanced, without damping": {**BALANCED, "dampening_frac": 0.01},
+    "balanced, without prior": {**BALANCED, "prior_tokens": 0.0},
+    "best": {"preset": "best"},
 }
 
 
@@ -88,47 +93,12 @@ def main() -> None:
     for seed, corpus, grid, contender in cases:
         if (seed, corpus.name, grid, contender) in done:
             continue
-        runs.append(run(corpus, grid, seed, contender))
+        fields = {"preset": "fast", **CONTENDERS[contender]}
+        case = {"model": corpus.name, "grid": grid, "seed": seed, "contender": contender}
+        runs.append({**case, **one_run(corpus, grid, seed, SEQUENCES, fields)})
         print(runs[-1], flush=True)
         content = {"sequences": SEQUENCES, "length": LENGTH, "heldout": HELDOUT, "runs": runs}
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def run(corpus: Corpus, grid: str, seed: int, contender: str) -> dict[str, object]:
-    """Quantize once and measure."""
-    load = {"dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(corpus.model, **load)
-    num_bits, group_size = GRIDS[grid]
-    weights = {"num_bits": num_bits, "strategy": "group", "group_size": group_size}
-    group = {"targets": ["Linear"], "weights": weights}
-    dataset = corpus.calibration_set(SEQUENCES, LENGTH, seed)
-    began = time.process_time()
-    oneshot(
-        model=model,
-        recipe=MoEQuantModifier(
-            config_groups={"group_0": group},
-            ignore=["lm_head"],
-            **{"preset": "fast", **CONTENDERS[contender]},
-        ),
-        dataset=dataset,
-        num_calibration_samples=SEQUENCES,
-        max_seq_length=LENGTH,
-        shuffle_calibration_samples=False,
-        batch_size=8,
-    )
-    cpu_s = time.process_time() - began
-    reference = AutoModelForCausalLM.from_pretrained(corpus.model, **load)
-    result = evaluate(model, reference, corpus.heldout_batches(HELDOUT, LENGTH))
-    return {
-        "model": corpus.name,
-        "grid": grid,
-        "seed": seed,
-        "contender": contender,
-        "kl": result.kl,
-        "kl_stderr": result.kl_stderr,
-        "perplexity": result.perplexity,
-        "cpu_s": cpu_s,
-    }
 
 
 if __name__ == "__main__":
