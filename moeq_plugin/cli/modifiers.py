@@ -11,12 +11,30 @@ from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
 def of_request(**settings: Any) -> list[Any]:
-    """Return the modifiers of a request."""
+    """Return the modifiers of a request.
+
+    Raises:
+        ValueError: if a field holds a name that nobody knows.
+    """
     from moeq_plugin import MoEQuantModifier
 
+    _check_observer(settings.get("weight_observer"))
     if "scheme" in settings:
         settings |= of_scheme(settings.pop("scheme"))
-    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+    return [MoEQuantModifier(**{"ignore": ["lm_head"], **settings})]
+
+
+def _check_observer(name: str | None) -> None:
+    """Refuse an observer that llm-compressor does not know; it would say so hours later.
+
+    Raises:
+        ValueError: listing those that it knows.
+    """
+    from llmcompressor.observers import Observer
+
+    known = {str(of).replace("-", "_") for of in Observer.registered_names()}
+    if name is not None and name.replace("-", "_") not in known:
+        raise ValueError(f"--weight-observer: expected one of {', '.join(sorted(known))}")
 
 
 def of_scheme(scheme: str) -> dict[str, Any]:
