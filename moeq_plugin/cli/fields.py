@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # of these exactly one says what is wanted
 REQUESTS = ("scheme", "bits_per_weight", "size_gb", "allocation", "recipe")
 
@@ -53,9 +54,25 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     if sum(name in fields for name in REQUESTS) != 1:
         names = [_option(name) for name in REQUESTS]
         raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
-    also = [name for name in fields if name not in ("recipe", "target", "options")]
+    also = [name for name in fields if name != "recipe"]
     if "recipe" in fields and also:
         raise ValueError(f"{_option(also[0])} is a line of the recipe, `{also[0]}: ...`")
+    has_budget = "bits_per_weight" in fields or "size_gb" in fields
+    for name, option in {"options": "--option", "sensitivity": "--sensitivity"}.items():
+        if name in fields and not has_budget:
+            raise ValueError(f"{option} is for a budget: give --bits-per-weight or --size-gb")
+
+
+def check_loading(dtype: str, batch_size: int) -> None:
+    """Refuse what no model is loaded in, and batches of nothing.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected a number from 1 on, got {batch_size}")
 
 
 def _option(field: str) -> str:

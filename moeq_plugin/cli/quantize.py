@@ -76,6 +76,7 @@ def quantize(
             weight_observer=weight_observer, affinity_power=affinity_power, seed=seed,
         )  # fmt: skip
         fields.check_fields(request)
+        fields.check_loading(dtype, batch_size)
         check_named(model)
         data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
         data.check()

@@ -99,6 +99,9 @@ def read_rows(source: DataSource, limit: int) -> list[dict[str, Any]]:
         ValueError: if it is not there, or not what its name says.
     """
     source.check()
+    path = Path(source.name)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty: it has no row")
     try:
         rows = list(islice(_rows(source), limit))
         if not rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moeq_plugin.report.charts import SERIES, Chart, plot
 from moeq_plugin.report.decision import Decision, decide
@@ -21,7 +23,9 @@ def overall(several: Sequence[Findings]) -> Verdict:
     smallest = min(able, key=lambda found: found.stored.num_bytes if found.stored else 0)
     chosen = decide(smallest)
     name = _name(smallest)
-    line = f"{name} is the smallest of the {len(able)} that the rules below judge so."
+    line = f"{name} is the only one that the rules judge so."
+    if len(able) > 1:
+        line = f"{name} is the smallest of the {len(able)} that the rules judge so."
     return Verdict(Decision(f"{chosen.word}: {name}", chosen.level, chosen.reasons), line, [])
 
 
@@ -29,7 +33,7 @@ def comparison_section(several: Sequence[Findings]) -> Section:
     """Return a table with a row for each checkpoint, and quality over size."""
     section = Section("comparison", "Side by side")
     decisions = [decide(found) for found in several]
-    head = ["checkpoint", "decision", "size", "bits per weight", "perplexity", "mean KL",
+    head = ["checkpoint", "decision", "size", "bits per weight", "perplexity added", "mean KL",
             "same first token", "recovery of the worst task", "verify"]  # fmt: skip
     rows = [_row(found, decision) for found, decision in zip(several, decisions, strict=True)]
     bad = frozenset(n for n, decision in enumerate(decisions) if decision.level == "bad")
@@ -39,7 +43,7 @@ def comparison_section(several: Sequence[Findings]) -> Section:
     if chart is not None:
         section.parts.append(chart)
     reasons = [
-        [_name(found), reason]
+        [_name(found), reason.replace("`", "")]
         for found, decision in zip(several, decisions, strict=True)
         for reason in decision.reasons
     ]
@@ -56,16 +60,25 @@ def _row(found: Findings, decision: Decision) -> list[str]:
     stored, quality, report = found.stored, found.quality, found.verification
     text = quality.texts[quality.worst_text] if quality and quality.worst_text else None
     task = quality.worst_task if quality else None
-    columns = ("perplexity", "kl", "top1_agreement")
+    columns = ("kl", "top1_agreement")
     return [
         _name(found),
         decision.word,
         size(stored.num_bytes) if stored else "\u2013",
         number(found.bits_per_weight, 4),
+        _added(text) if text else "\u2013",
         *(with_error(text[c], text[f"{c}_stderr"]) if text else "\u2013" for c in columns),
         f"{percent(task.recovery)} ({task.task})" if task else "\u2013",
         f"{len(report.errors)} errors, {len(report.warnings)} warnings" if report else "\u2013",
     ]
+
+
+def _added(text: Mapping[str, Any]) -> str:
+    """Return by how much perplexity has grown, with the error of the paired difference."""
+    if text["nll_change"] is None:
+        return "\u2013"
+    error = 100 * (text["nll_change_stderr"] or 0)
+    return f"{with_error(100 * math.expm1(text['nll_change']), error)} %"
 
 
 def _quality_over_size(several: Sequence[Findings]) -> Chart | None:

@@ -22,7 +22,7 @@ def three(tmp_path):
 def test_the_smallest_of_the_best_is_named(three):
     verdict = overall(three)
     assert verdict.decision.word.endswith(": w4")
-    assert verdict.line.startswith("w4 is the smallest of the 2")
+    assert verdict.line == "w4 is the smallest of the 2 that the rules judge so."
 
 
 def test_each_has_a_row_and_its_reasons(three):
