@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.cli.shared import say
+from moeq_plugin.cli.validation import in_words, is_validation_error
+from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
@@ -68,7 +70,8 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
         check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
         modifiers = list(Recipe.create_instance(str(path)).modifiers)
     except Exception as error:  # whatever a file that is no recipe makes a parser do
-        raise ValueError(f"{path} is not a recipe: {error}") from error
+        reason = in_words(error) if is_validation_error(error) else sentence(error)
+        raise ValueError(f"{path} is not a recipe: {reason}") from error
     if not modifiers:
         raise ValueError(f"{path} names no modifier")
     if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):

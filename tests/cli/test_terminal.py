@@ -79,8 +79,8 @@ def test_after_ctrl_c_it_says_how_to_go_on(tmp_path):
 
 def test_something_is_on_the_screen_before_the_imports():
     code = (
-        "import moeq_plugin.cli.display as display\n"
-        "display.log_to = lambda console: print('IMPORTS')\n"
+        "import moeq_plugin.cli.display as display, time\n"
+        "display.log_to = lambda console: (time.sleep(2), print('IMPORTS'))\n"
         "with display.display(phases=[], jsonl=False): pass\n"
     )
     exit_code, seen = on_terminal([sys.executable, "-c", code], "nothing is typed")
