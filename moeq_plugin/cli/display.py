@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from moeq_plugin.cli.interrupts import interrupts_kept
 from moeq_plugin.cli.shared import say, say_json
 from moeq_plugin.records.progress import Progress, listening
 from moeq_plugin.untrusted.text import harmless
@@ -33,6 +34,7 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
     """
     timed, console = Timed(phases), Console(stderr=True)
     with ExitStack() as stack:
+        check = stack.enter_context(interrupts_kept())
         listener: Callable[[Progress], None]
         if jsonl:
             listener = partial(_print_json, timed)
@@ -47,7 +49,9 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
             from moeq_plugin.integrations.llm_compressor.host import quiet
 
             stack.enter_context(quiet())
+        check()
         stack.enter_context(listening(listener))
+        stack.enter_context(listening(lambda _: check()))
         yield
 
 

@@ -77,6 +77,17 @@ def test_after_ctrl_c_it_says_how_to_go_on(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_libraries_are_imported_ends_the_run(tmp_path):
+    write_tiny(tmp_path)
+    request = ["quantize", tmp_path / "model", tmp_path / "out", "--scheme", "W4A16_G32"]
+    argv = command(*request, "--dataset", tmp_path / "data.jsonl")
+    code, seen = on_terminal(argv, "loading")
+    assert code == 130
+    assert "interrupted" in seen
+    assert not (tmp_path / "out").exists()
+
+
 def test_something_is_on_the_screen_before_the_imports():
     code = (
         "import moeq_plugin.cli.display as display, time\n"
