@@ -1,11 +1,11 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma peers-env clean
+.PHONY: demo docs test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma peers-env clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
 
 .venv: FORCE
-	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,report,eval,dev]"
+	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,report,eval,docs,dev]"
 
 demo: .venv  ## quantize the shipped model, compare with stock GPTQ, reload, generate
 	$(PYTHON) examples/demo.py
@@ -20,6 +20,9 @@ lint: .venv
 	@ln -sfn $(CURDIR)/integrations $(TREE)/moeq_plugin/integrations
 	cd $(TREE) && $(CURDIR)/$(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml \
 	  --cache-dir $(CURDIR)/.mypy_cache
+
+docs: .venv  ## the site, into build/site; a broken link is an error
+	$(PYTHON) -m mkdocs build --strict
 
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
 
@@ -39,7 +42,7 @@ test-vllm: .venv vllm-env  ## do checkpoints load in real vLLM, unchanged?
 # GPTQModel 7.7 and llm-compressor 0.14 demand other versions of torch and transformers than each
 # other. These work with both; what they demand is left out, and their other needs are listed.
 gptq-env:  ## GPTQModel and Optimum, which read the GPTQ format, with this package beside them
-	@UNPINNED="gptqmodel==7.7.0 torchao==0.18.0 llmcompressor==0.14.0.1 -e ." \
+	@UNPINNED="gptqmodel==7.7.0 torchao==0.18.0 llmcompressor==0.14.0.1 -e . -e ./integrations/optimum_cli" \
 	  .ci/environment .venv-gptq $(TORCH) torch==$(TORCH) transformers==5.20.2 optimum==2.3.0 \
 	  compressed-tensors==0.19.0 accelerate==1.15.0 datasets==5.2.0 defuser==0.0.28 \
 	  tokenicer==0.0.14 logbar==0.4.15 pypcre device-smi threadpoolctl protobuf pillow requests \

@@ -156,7 +156,7 @@ def measure_rows(rows: int) -> dict[str, Any]:
             for row in range(rows):
                 file.write(json.dumps({"text": f"row {row} " + "word " * 20}) + "\n")
         before, began = peak_bytes(), time.process_time()
-        assert len(read_dataset(path, 16)) == 16
+        assert len(read_dataset(path, 16).dataset) == 16
         seconds = time.process_time() - began
     return {
         "task": "dataset", "size": rows, "seconds": seconds, "bytes": peak_bytes() - before,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moeq_plugin.core.allocation import BitBudget, allocate_bits
     from moeq_plugin.core.sampling import EBSSConfig
     from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.hf import MoEQuantConfig
     from moeq_plugin.integrations.llm_compressor import (
         MoEQuantAWQModifier,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset
     from moeq_plugin.models.evaluation import evaluate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "BitBudget": "moeq_plugin.core.allocation",
@@ -34,6 +35,7 @@ _HOMES = {
     "allocate_bits": "moeq_plugin.core.allocation",
     "ebss_dataset": "moeq_plugin.integrations.llm_compressor.self_sampling.dataset",
     "evaluate": "moeq_plugin.models.evaluation",
+    "read_dataset": "moeq_plugin.files.datasets",
     "verify_checkpoint": "moeq_plugin.checkpoint.verify",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "allocate_bits",
     "ebss_dataset",
     "evaluate",
+    "read_dataset",
     "verify_checkpoint",
 ]
 

@@ -167,7 +167,7 @@ def test_data_that_are_something_else(tiny):
     (tiny / "data.jsonl").write_bytes(b"\x00\xff not json")
     done = quantize(tiny, "--scheme", "W4A16_G32")
     assert done.exit_code == 2
-    assert "data.jsonl cannot be read as JSON lines" in done.stderr
+    assert "data.jsonl cannot be read as a data set" in done.stderr
 
 
 def test_a_directory_that_cannot_be_written(tiny):

@@ -24,7 +24,8 @@ def test_every_path_named_exists(page):
     text = page.read_text()
     named = set(re.findall(rf"(?:{FOLDERS})/[\w./-]*\w", text))
     named |= {f"moeq_plugin/{p}" for p in re.findall(rf"`((?:{ROOMS})/[\w/.]+)`", text)}
-    named |= {f"docs/{link}" for link in re.findall(r"\]\((\w+\.md)\)", text)}
+    beside = re.findall(r"\]\((\w+\.md)\)", text)
+    named |= {str((page.parent / link).relative_to(ROOT)) for link in beside}
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
+from moeq_plugin.checkpoint.checks.findings import Finding, Report
 from moeq_plugin.records.quality import Continuation, QualityRecord, TaskScore
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord, save_records
 from moeq_plugin.records.sampling import SamplingReport
+from moeq_plugin.report.directory import Findings
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 16, 32
 EXPERT_KINDS = ("gate_proj", "up_proj", "down_proj")
@@ -194,3 +197,14 @@ def traces(section, name):
     """Return the traces of one chart of a section by their names."""
     (chart,) = [chart for chart in section.charts if chart.name == name]
     return {trace.get("name"): trace for trace in chart.data}
+
+
+def verified(*findings: Finding) -> Report:
+    """Return what a verification found."""
+    return Report("out", "qwen3_moe", "vllm", 1, 100, {"W4": 75}, findings)
+
+
+def borrowing(found: Findings, number: int) -> None:
+    """Let that many linears of a checkpoint rest on tokens of others."""
+    linears = found.records[0].linears
+    linears[:number] = [replace(linear, basis=Basis.LAYER) for linear in linears[:number]]

@@ -36,9 +36,9 @@ class MoEQuantConfig(QuantizationConfigMixin):
 
     Args:
         scheme: such as ``W4A16``; or give ``config_groups`` or ``bits_per_weight``.
-        dataset: a data set with ``text`` or ``input_ids``, a list of texts or of tokenized
-            sequences, or a name that llm-compressor knows. ``None`` lets the model write its own
-            (EBSS).
+        dataset: a data set with ``text`` or ``input_ids``, a path or several of what
+            :func:`moeq_plugin.read_dataset` reads, a list of texts or of tokenized sequences, or a
+            name that llm-compressor knows. ``None`` lets the model write its own (EBSS).
         tokenizer: ``None`` means the one beside the model.
         num_calibration_samples: sequences used.
         max_seq_length: tokens of each.

@@ -1,6 +1,7 @@
 """``optimum-cli moeq``: quantize a Mixture-of-Experts model and save it in GPTQ format.
 
-Installed as ``optimum.commands.register.moeq``, where Optimum looks for commands of others.
+The distribution ``moeq-plugin-optimum`` installs it as ``optimum.commands.register.moeq``, where
+Optimum looks for commands of others.
 """
 
 from argparse import ArgumentParser
@@ -22,7 +23,11 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8")
         parser.add_argument("--group-size", type=int, default=128, help="-1: one scale per output")
         parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-        parser.add_argument("--dataset", type=Path, help="JSON lines; default: the model writes it")
+        parser.add_argument(
+            "--dataset",
+            type=Path,
+            help="of any kind that moeq quantize reads; default: the model writes it",
+        )
         parser.add_argument("--num-calibration-samples", type=int, default=512, help="sequences")
         parser.add_argument("--max-seq-length", type=int, default=2048, help="tokens of each")
         parser.add_argument(
@@ -41,7 +46,6 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
         """Load, quantize and save."""
         from transformers import AutoConfig, AutoTokenizer
 
-        from moeq_plugin.files.datasets import read_dataset
         from moeq_plugin.files.new_directory import check_new_directory
         from moeq_plugin.integrations.hf.gptq.quantizer import MoEGPTQQuantizer
         from moeq_plugin.models.auto_class import language_class_of
@@ -52,7 +56,7 @@ class MoEQuantCommand(BaseOptimumCLICommand):  # type: ignore[misc] # Optimum ma
             bits=self.args.bits,
             group_size=self.args.group_size,
             sym=not self.args.asymmetric,
-            dataset=read_dataset(self.args.dataset, self.args.num_calibration_samples),
+            dataset=self.args.dataset,
             num_calibration_samples=self.args.num_calibration_samples,
             model_seqlen=self.args.max_seq_length,
             names=self.args.names,

@@ -13,7 +13,9 @@ from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
     sample,
     verify,
 )
-from moeq_plugin.cli.shared import app
+from moeq_plugin.cli.shared import app, help_without_sections
+
+help_without_sections(app)
 
 
 def main() -> None:

@@ -1,9 +1,28 @@
-"""What a command calibrates on."""
+"""What a command calibrates on, and the options that say so."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeq_plugin.cli.shared import say
+
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        help="txt, jsonl, json, csv, parquet, arrow, a directory or a name on a hub, with columns "
+        "`text`, `messages` or the like; several mix, NAME:0.7 gives shares; default: text that "
+        "the model writes itself",
+    ),
+]
+NumSamples = Annotated[int, typer.Option(help="sequences")]
+MaxSeqLength = Annotated[int, typer.Option(help="tokens per sequence")]
+ChatTemplate = Annotated[
+    bool, typer.Option(help="write conversations as the tokenizer's template does")
+]
 
 
 @dataclass(frozen=True)
@@ -11,11 +30,45 @@ class Data:
     """A data set as a command was asked to use it.
 
     Attributes:
-        path: JSON lines; ``None`` lets the model write its own text.
+        sources: each as :meth:`moeq_plugin.files.data_source.DataSource.parse` reads it; none lets
+            the model write its own text.
         num_sequences: at most.
         seq_len: tokens per sequence, at most.
+        chat_template: whether conversations go through the tokenizer's template.
     """
 
-    path: Path | None
+    sources: tuple[str, ...]
     num_sequences: int
     seq_len: int
+    chat_template: bool = True
+
+    def check(self) -> None:
+        """Look whether the sources are there, before anything is loaded.
+
+        Raises:
+            ValueError: naming the one that is not.
+        """
+        from moeq_plugin.files.data_source import DataSource
+
+        for source in self.sources:
+            DataSource.parse(source).check()
+
+    def read(self, tokenizer: Any) -> Any:
+        """Return the data set and say what was read; ``None`` where there is no source.
+
+        Args:
+            tokenizer: of the model.
+        """
+        from moeq_plugin.files.datasets import read_dataset
+
+        if not self.sources:
+            return None
+        found = read_dataset(
+            self.sources,
+            self.num_sequences,
+            tokenizer=tokenizer,
+            max_seq_length=max(self.seq_len, 1),  # the run refuses what is less, in its own words
+            chat_template=self.chat_template,
+        )
+        say(f"calibrating on {found.summary}", err=True)
+        return found.dataset

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from moeq_plugin.cli.shared import say
+from moeq_plugin.cli.interrupts import interrupts_kept
+from moeq_plugin.cli.shared import say, say_json
 from moeq_plugin.records.progress import Progress, listening
 from moeq_plugin.untrusted.text import harmless
 
@@ -32,28 +33,35 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
         jsonl: print one JSON object per step instead, to standard output.
     """
     timed, console = Timed(phases), Console(stderr=True)
-    _log_to(console)
-    from moeq_plugin.integrations.llm_compressor.host import quiet
-
-    with quiet(), ExitStack() as stack:
+    with ExitStack() as stack:
+        check = stack.enter_context(interrupts_kept())
         listener: Callable[[Progress], None]
         if jsonl:
             listener = partial(_print_json, timed)
         elif console.is_terminal:
+            # before the imports, which take seconds; what others print stands above it
             status = stack.enter_context(Status("loading", console=console))
             listener = partial(_update, status, timed)
         else:
             listener = _Lines(timed)
+        if find_spec("llmcompressor") is not None:
+            log_to(console)
+            from moeq_plugin.integrations.llm_compressor.host import quiet
+
+            stack.enter_context(quiet())
+        check()
         stack.enter_context(listening(listener))
+        stack.enter_context(listening(lambda _: check()))
         yield
 
 
 def _print_json(timed: Timed, step: Progress) -> None:
-    typer.echo(json.dumps(timed.event(step)))
+    say_json(json.dumps(timed.event(step)))
 
 
 def _update(status: Status, timed: Timed, step: Progress) -> None:
-    status.update(Text(harmless(timed.line(step))))  # no markup of Rich's either
+    # no markup of Rich's either, and one line however narrow the terminal is
+    status.update(Text(harmless(timed.line(step)), no_wrap=True, overflow="ellipsis"))
 
 
 class Timed:
@@ -126,15 +134,23 @@ class _Lines:
             say(text, err=True)
 
 
-def _log_to(console: Console) -> None:
-    """Print our warnings, and errors of all, above the live line; the host prints to stdout."""
+def log_to(console: Console) -> None:
+    """Print our warnings, and errors of all, above the live line; the host prints to stdout.
+
+    Args:
+        console: to print to.
+    """
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # read when it is imported
     import llmcompressor  # noqa: F401
     from loguru import logger
 
+    def show(text: str) -> None:
+        for line in text.rstrip("\n").splitlines():
+            console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
+
     logger.remove()
     logger.add(
-        lambda text: console.print(harmless(str(text).rstrip("\n")), markup=False, highlight=False),
+        show,
         format="{level}: {message}",
         filter={"moeq_plugin": "WARNING", "": "ERROR"},
     )

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.loading import TrustRemoteCode, device, load_tokenizer
+from moeq_plugin.cli.display import display
+from moeq_plugin.cli.loading import TrustRemoteCode, load_tokenizer
+from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
+    from moeq_plugin.cli.measure import Models
     from moeq_plugin.records.quality import QualityRecord
 
 _PACKAGES = ("moeq-plugin", "transformers", "torch")
@@ -36,6 +39,16 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="float32 shows quantization alone; bfloat16 or auto saves memory")
     ] = "float32",
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="file of predictions of BASE, written if it is not there: the two models are then "
+            "never in memory together; KL counts its 512 likeliest tokens and the rest as one"
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a model over devices; default: one device")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result, for `moeq report`")
     ] = None,
@@ -46,56 +59,85 @@ def evaluate(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from moeq_plugin.cli.quality import (
-        check_request,
-        load_plain,
-        load_quantized,
-        measure_texts,
-        read_windows,
-        summary,
-    )
-    from moeq_plugin.cli.tasks import check_tasks, score_tasks
-    from moeq_plugin.records.quality import QualityRecord
-
+    names = [name for name in (tasks or "").split(",") if name]
     with errors("eval"):
-        _check_json(out, [Path(base), Path(quant), *(text or ())])
-        names = [name for name in (tasks or "").split(",") if name]
-        check_request(bool(text or names), seq_len, num_sequences, batch_size, dtype)
-        if names:
-            check_tasks(names, include_path=task_files)
-        trust: Any = {"trust_remote_code": trust_remote_code}
-        tokenizer = load_tokenizer(base, **trust)
-        windows = {
-            path.stem: read_windows(tokenizer, path, seq_len, num_sequences) for path in text or ()
-        }
-        reference = load_plain(base, dtype=dtype, **trust).to(device())
-        model = load_quantized(quant, dtype, **trust).to(device())
-        record = QualityRecord(
-            reference=base,
-            quantized=quant,
-            settings={"seq_len": seq_len, "num_sequences": num_sequences, "dtype": dtype},
-            versions={package: version(package) for package in _PACKAGES},
-        )
-        measure_texts(record, model, reference, tokenizer, windows, batch_size)
-        if names:
-            record.settings |= {"limit": limit}
-            record.versions |= {"lm-eval": version("lm-eval")}
-            record.tasks = score_tasks(
-                model, reference, tokenizer, names,
-                limit=limit, batch_size=batch_size, include_path=task_files,
-            )  # fmt: skip
+        check_named(base)
+        check_named(quant)
+        _check_places(out, reference, [Path(base), Path(quant), *(text or ())])
+        from moeq_plugin.cli.quality import check_request, summary
+
+        check_request(text or (), names, seq_len, num_sequences, batch_size, dtype, reference)
+        with display(phases=["reference", "evaluate"], jsonl=False):
+            from moeq_plugin.cli.measure import Models
+
+            models = Models(base, quant, dtype, trust_remote_code, device_map)
+            scoring = {"limit": limit, "batch_size": batch_size, "include_path": task_files}
+            record = _record(models, {"seq_len": seq_len, "num_sequences": num_sequences})
+            _measure(record, models, text or [], names, scoring, reference)
         for line in summary(record):
             say(line)
         if out is not None:
             _write(record, out)
 
 
-def _check_json(out: Path | None, reads: list[Path]) -> None:
-    """Refuse to write the result over something else, before anything is computed."""
+def _record(models: Models, settings: dict[str, Any]) -> QualityRecord:
+    """Return the record of an evaluation that has measured nothing yet."""
+    from moeq_plugin.records.quality import QualityRecord
+
+    return QualityRecord(
+        reference=models.base,
+        quantized=models.quant,
+        settings={**settings, "dtype": models.dtype},
+        versions={package: version(package) for package in _PACKAGES},
+    )
+
+
+def _measure(
+    record: QualityRecord,
+    models: Models,
+    texts: list[Path],
+    tasks: list[str],
+    scoring: dict[str, Any],
+    reference: Path | None,
+) -> None:
+    """Load what is needed, and fill the record."""
+    from moeq_plugin.cli.measure import measure_one_after_the_other, measure_side_by_side
+    from moeq_plugin.cli.quality import read_windows
+    from moeq_plugin.cli.tasks import check_tasks, score_tasks
+
+    if tasks:
+        check_tasks(tasks, include_path=scoring["include_path"])
+    tokenizer = load_tokenizer(models.base, trust_remote_code=models.trust_remote_code)
+    lengths = record.settings["seq_len"], record.settings["num_sequences"]
+    windows = {path.stem: read_windows(tokenizer, path, *lengths) for path in texts}
+    if reference is not None:
+        measure_one_after_the_other(
+            record, models, reference, tokenizer, windows, scoring["batch_size"]
+        )
+        record.settings |= {"likeliest_tokens": _top_k()}
+        return
+    base, model = models.load_base(), models.load_quantized()
+    measure_side_by_side(record, model, base, tokenizer, windows, scoring["batch_size"])
+    if tasks:
+        record.settings |= {"limit": scoring["limit"]}
+        record.versions |= {"lm-eval": version("lm-eval")}
+        record.tasks = score_tasks(model, base, tokenizer, tasks, **scoring)
+
+
+def _top_k() -> int:
+    from moeq_plugin.models.stored_predictions import TOP_K
+
+    return TOP_K
+
+
+def _check_places(out: Path | None, reference: Path | None, reads: list[Path]) -> None:
+    """Refuse to write over something else, before anything is computed."""
     from moeq_plugin.files.places import check_new_file, check_places
     from moeq_plugin.records.quality import QualityRecord
 
-    check_places(reads={str(path): path for path in reads}, makes={"--json": out})
+    check_places(
+        reads={str(path): path for path in reads}, makes={"--json": out, "--reference": reference}
+    )
     check_new_file("--json", out, QualityRecord.load)
 
 

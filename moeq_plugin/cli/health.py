@@ -31,6 +31,20 @@ def health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
     return "; ".join(record.summary(len(record.linears)) for record in records), failures
 
 
+def starved(checkpoint: Path) -> str:
+    """Return a warning about a run most of whose linears saw too little, empty for others."""
+    if not (checkpoint / FILE_NAME).exists():
+        return ""
+    linears = [linear for record in RunRecord.load(checkpoint) for linear in record.linears]
+    weak = sum(linear.basis is not Basis.OWN for linear in linears)
+    if 2 * weak <= len(linears):
+        return ""
+    return (
+        f"warning: {weak} of {len(linears)} linears saw too few tokens of their own. This is not a "
+        "checkpoint to ship: calibrate on more text; --strict makes it an error"
+    )
+
+
 def complaint(failures: list[str], consequence: str) -> str:
     """Return the message that lists what failed, with its way out."""
     listed = "\n".join(f"  - {failure}" for failure in failures[:10])

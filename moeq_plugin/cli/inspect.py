@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeq_plugin.cli.shared import app, errors, say
+from moeq_plugin.cli.named_model import local
+from moeq_plugin.cli.shared import app, errors, say, say_json
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.overview import Overview
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="directory of a model, or its config.json")],
+    model: Annotated[
+        str,
+        typer.Argument(help="directory of a model, its config.json, or an id in the hub's cache"),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Describe a model in seconds, without reading a weight.
@@ -29,9 +32,9 @@ def inspect(
         from moeq_plugin.checkpoint.overview import inspect_model
         from moeq_plugin.cli.built import build
 
-        found = inspect_model(model, build)
+        found = inspect_model(local(model), build)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=1))
+            say_json(json.dumps(found.to_dict(), indent=1))
             return
         say(f"{found.family}{_source(found)}, {found.num_parameters / 1e9:.3g} B parameters")
         say(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.untrusted.reading import check_model
+from moeq_plugin.untrusted.reading import check_model, read_json
+
+if TYPE_CHECKING:
+    from moeq_plugin.cli.data import Data
 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along")
@@ -23,24 +27,47 @@ def device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def run_oneshot(model: str, recipe: Any, *, trust_remote_code: bool, **arguments: Any) -> None:
-    """Load a model and its tokenizer and quantize it in place."""
+def run_oneshot(
+    model: str,
+    recipe: Any,
+    data: Data,
+    *,
+    trust_remote_code: bool,
+    dtype: str = "auto",
+    revision: str | None = None,
+    **arguments: Any,
+) -> None:
+    """Load a model, its tokenizer and the data, and quantize in place."""
     from llmcompressor.entrypoints.oneshot import oneshot
 
-    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    loaded, tokenizer = load_model(model, dtype=dtype, **settings)
+    arguments.setdefault("num_calibration_samples", data.num_sequences)
+    arguments.setdefault("max_seq_length", data.seq_len)
+    arguments.setdefault("dataset", data.read(tokenizer))
     oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
 
 
 def load_model(
-    model: str, *, trust_remote_code: bool, dtype: str = "auto", **settings: Any
+    model: str,
+    *,
+    trust_remote_code: bool,
+    dtype: str = "auto",
+    revision: str | None = None,
+    config: Any = None,
 ) -> tuple[Any, Any]:
     """Return a model and its tokenizer, as :func:`load_weights` and :func:`load_tokenizer` do."""
-    loaded = load_weights(model, trust_remote_code=trust_remote_code, dtype=dtype, **settings)
-    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
+    of: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    return load_weights(model, dtype=dtype, config=config, **of), load_tokenizer(model, **of)
 
 
 def load_weights(
-    model: str, *, trust_remote_code: bool, dtype: str = "auto", config: Any = None
+    model: str,
+    *,
+    trust_remote_code: bool,
+    dtype: str = "auto",
+    revision: str | None = None,
+    config: Any = None,
 ) -> Any:
     """Return the whole of a model, towers of a multi-modal one included.
 
@@ -48,6 +75,7 @@ def load_weights(
         model: directory or id.
         trust_remote_code: run Python code that the model brings along, if it needs any.
         dtype: name of a dtype, or ``auto`` for its own.
+        revision: branch, tag or commit of an id; ``None`` for the newest.
         config: another one than its own.
 
     Raises:
@@ -59,15 +87,21 @@ def load_weights(
 
     with loading(model):
         if config is None:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                model, trust_remote_code=trust_remote_code, revision=revision or "main"
+            )
     auto = language_class_of(config)
     with loading(model):
         return auto.from_pretrained(
-            model, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
         )
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None = None) -> Any:
     """Return the tokenizer of a model, directory or id.
 
     Raises:
@@ -76,7 +110,18 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     with loading(model):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+
+
+def know_rwkv(model: str) -> None:
+    """Make transformers know RWKV-6 and RWKV-7, which it lacks, before it is to load one."""
+    config = Path(model) / "config.json"
+    if config.is_file() and str(read_json(config).get("model_type")).startswith("rwkv"):
+        from moeq_plugin.rwkv.register import register
+
+        register()
 
 
 @contextmanager
@@ -94,6 +139,7 @@ def loading(model: str) -> Iterator[None]:
     """
     try:
         check_model(model)
+        know_rwkv(model)
         yield
     except Exception as error:  # configs and weights of strangers fail in every way there is
         if "trust_remote_code=True" in str(error):

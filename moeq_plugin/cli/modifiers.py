@@ -6,17 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.cli.shared import say
+from moeq_plugin.cli.validation import in_words, is_validation_error
+from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
 def of_request(**settings: Any) -> list[Any]:
-    """Return the modifiers of a request."""
+    """Return the modifiers of a request.
+
+    Raises:
+        ValueError: if a field holds a name that nobody knows.
+    """
     from moeq_plugin import MoEQuantModifier
 
+    _check_observer(settings.get("weight_observer"))
     if "scheme" in settings:
         settings |= of_scheme(settings.pop("scheme"))
-    return [MoEQuantModifier(**settings, ignore=["lm_head"])]
+    return [MoEQuantModifier(**{"ignore": ["lm_head"], **settings})]
+
+
+def _check_observer(name: str | None) -> None:
+    """Refuse an observer that llm-compressor does not know; it would say so hours later.
+
+    Raises:
+        ValueError: listing those that it knows.
+    """
+    from llmcompressor.observers import Observer
+
+    known = {str(of).replace("-", "_") for of in Observer.registered_names()}
+    if name is not None and name.replace("-", "_") not in known:
+        raise ValueError(f"--weight-observer: expected one of {', '.join(sorted(known))}")
 
 
 def of_scheme(scheme: str) -> dict[str, Any]:
@@ -50,7 +70,8 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
         check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
         modifiers = list(Recipe.create_instance(str(path)).modifiers)
     except Exception as error:  # whatever a file that is no recipe makes a parser do
-        raise ValueError(f"{path} is not a recipe: {error}") from error
+        reason = in_words(error) if is_validation_error(error) else sentence(error)
+        raise ValueError(f"{path} is not a recipe: {reason}") from error
     if not modifiers:
         raise ValueError(f"{path} names no modifier")
     if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.data import Data
+from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
+from moeq_plugin.cli.display import display
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
+from moeq_plugin.cli.named_model import check_named, local
 from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
+    from moeq_plugin.checkpoint.plan import Plan
     from moeq_plugin.core.allocation import Allocation
     from moeq_plugin.core.sensitivity import SensitivityTable
 
@@ -30,11 +33,10 @@ def plan(
     probe: Annotated[
         bool, typer.Option(help="quantize three layers on `dataset` and predict time and memory")
     ] = False,
-    dataset: Annotated[
-        Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
-    ] = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
-    max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    dataset: Datasets = None,
+    chat_template: ChatTemplate = True,
+    num_calibration_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
     bits_per_weight: Annotated[
         list[float] | None, typer.Option(help="budget to allocate; may be given several times")
     ] = None,
@@ -53,6 +55,7 @@ def plan(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
+    data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
     if sensitivity is None:
         if bits_per_weight or allocation is not None:
             say("moeq plan: budgets and allocations need --sensitivity", err=True)
@@ -61,7 +64,6 @@ def plan(
             for line in _from_headers(model, scheme, tp):
                 say(line)
             if probe:
-                data = Data(dataset, num_calibration_samples, max_seq_length)
                 say(_probe(model, scheme, data, trust_remote_code))
         return
     from moeq_plugin.core.allocation import Allocation, BitBudget, pareto_front
@@ -70,12 +72,13 @@ def plan(
     from moeq_plugin.files.places import check_new_file, check_places
 
     with errors("plan"):
-        reads = {"MODEL": Path(model), "--dataset": dataset}
+        check_named(model)
+        data.check()
+        reads = {"MODEL": Path(model), **{f"--dataset {name}": Path(name) for name in data.sources}}
         check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
         check_new_file("--allocation", allocation, Allocation.load)
         if not sensitivity.exists():
             check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
-            data = Data(dataset, num_calibration_samples, max_seq_length)
             _measure(model, sensitivity, data, option, trust_remote_code)
         table = SensitivityTable.load(sensitivity)
         budgets = [BitBudget(bits_per_weight=bits) for bits in bits_per_weight or ()]
@@ -103,7 +106,7 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
     from moeq_plugin.cli.built import build
 
     parsed = scheme_named(scheme)
-    found = plan_quantization(model, parsed, tp=tp, build=build)
+    found = plan_quantization(local(model), parsed, tp=tp, build=build)
     arch = found.architecture
     yield (
         f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
@@ -117,6 +120,7 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
     )
     file = "several files" if found.file_bytes is None else f"a file of {found.file_bytes} bytes"
     yield f"{found.source_bytes} bytes of tensors become {found.tensor_bytes}, {file}"
+    yield _in_short(found, local(model))
     if found.misfits:
         some = ", ".join(found.misfits[:3])
         yield (
@@ -126,6 +130,20 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
         )
     for warning in found.warnings:
         yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"
+
+
+def _in_short(found: Plan, model: Path) -> str:
+    """Return sizes in the units that people buy memory in, with what serving takes."""
+    from moeq_plugin.checkpoint.serving_memory import cache_bytes_per_token
+    from moeq_plugin.report.section import size
+    from moeq_plugin.untrusted.reading import read_json
+
+    cache = cache_bytes_per_token(read_json(model / "config.json"))
+    of_cache = "" if cache is None else f" and {size(1000 * cache)} for 1,000 tokens of context"
+    return (
+        f"{size(found.source_bytes)} become {size(found.tensor_bytes)}; a server needs "
+        f"{size(found.tensor_bytes)} for the weights{of_cache}"
+    )
 
 
 def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
@@ -139,17 +157,17 @@ def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
     from moeq_plugin.cli.built import build
     from moeq_plugin.cli.probe import predict
 
-    if data.path is None or not data.path.is_file():
-        raise ValueError("--probe needs --dataset FILE, the JSON lines that will calibrate")
-    planned = plan_quantization(model, scheme_named(scheme), build=build)
+    if not data.sources:
+        raise ValueError("--probe needs --dataset, the data that will calibrate")
+    data.check()
+    directory = local(model)
+    planned = plan_quantization(directory, scheme_named(scheme), build=build)
     found = predict(
-        model,
+        str(directory),
         scheme,
-        str(data.path),
+        data,
         num_layers=planned.architecture.num_layers,
         moe_layers=planned.architecture.moe_layers,
-        num_calibration_samples=data.num_sequences,
-        max_seq_length=data.seq_len,
         source_bytes=planned.source_bytes,
         trust_remote_code=trust_remote_code,
     )
@@ -168,17 +186,12 @@ def _measure(
     trust_remote_code: bool,
 ) -> None:
     from moeq_plugin.files.atomic import write_whole
-    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
     modifier = SensitivityModifier(options=options) if options else SensitivityModifier()
-    run_oneshot(
-        model,
-        modifier,
-        trust_remote_code=trust_remote_code,
-        dataset="ebss" if data.path is None else read_dataset(data.path, data.num_sequences),
-        num_calibration_samples=128 if data.path is None else data.num_sequences,
-        max_seq_length=512 if data.path is None else data.seq_len,
-    )
+    own: dict[str, Any] = {"dataset": "ebss", "num_calibration_samples": 128, "max_seq_length": 512}
+    settings = {} if data.sources else own
+    with display(phases=["measure"], jsonl=False):
+        run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **settings)
     write_whole(path, modifier.table.save)
     say(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")

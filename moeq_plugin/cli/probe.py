@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from moeq_plugin.cli.data import Data
 
 _SEQUENCES = 16  # of the data; enough that a pass takes longer than starting it
 _MAX_LAYERS = 8  # a model whose first so many layers are dense is cut there
@@ -44,12 +45,10 @@ class Prediction:
 def predict(
     model: str,
     scheme: str,
-    dataset: str,
+    data: Data,
     *,
     num_layers: int,
     moe_layers: tuple[int, ...],
-    num_calibration_samples: int,
-    max_seq_length: int,
     source_bytes: int,
     trust_remote_code: bool = False,
 ) -> Prediction:
@@ -58,11 +57,9 @@ def predict(
     Args:
         model: directory of the 16-bit model.
         scheme: as for quantization.
-        dataset: JSON lines, as for quantization.
+        data: as for quantization.
         num_layers: of the whole model.
         moe_layers: numbers of those with experts.
-        num_calibration_samples: sequences that quantization would use.
-        max_seq_length: tokens per sequence.
         source_bytes: of the model's tensors.
         trust_remote_code: run Python code that the model brings along, if it needs any.
 
@@ -71,8 +68,7 @@ def predict(
     """
     cut = min(num_layers, _MAX_LAYERS, moe_layers[1] + 2 if len(moe_layers) > 1 else 3)
     request = {
-        "model": model, "scheme": scheme, "dataset": dataset, "num_layers": cut,
-        "num_calibration_samples": num_calibration_samples, "max_seq_length": max_seq_length,
+        "model": model, "scheme": scheme, "data": asdict(data), "num_layers": cut,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     done = subprocess.run(
@@ -110,7 +106,6 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     from moeq_plugin import MoEQuantModifier
     from moeq_plugin.cli.loading import load_model, loading
     from moeq_plugin.cli.modifiers import of_scheme
-    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.records.environment import peak_resident_memory
 
     marks = [("start", _clocks())]
@@ -135,8 +130,9 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(request["model"], trust_remote_code=trust)
     _cut(config.get_text_config(), request["num_layers"])
     loaded, tokenizer = load_model(request["model"], config=config, trust_remote_code=trust)
-    data = read_dataset(Path(request["dataset"]), request["num_calibration_samples"])
-    num_all = len(data)
+    data = Data(**request["data"])
+    rows = data.read(tokenizer)
+    num_all = len(rows)
     num_used = min(num_all, _SEQUENCES)
     marks.append(("loaded", _clocks()))
     with tempfile.TemporaryDirectory() as directory:
@@ -146,9 +142,9 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
             recipe=Watched(
                 **of_scheme(request["scheme"]), ignore=["lm_head"], work_dir=f"{directory}/work"
             ),
-            dataset=data.select(range(num_used)),
+            dataset=rows.select(range(num_used)),
             num_calibration_samples=num_used,
-            max_seq_length=request["max_seq_length"],
+            max_seq_length=data.seq_len,
             shuffle_calibration_samples=False,
             output_dir=f"{directory}/out",
         )
@@ -158,7 +154,7 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "cpu": _phases(marks, 0), "wall": _phases(marks, 1), "peak_bytes": peak_resident_memory(),
         "model_bytes": parameters, "used": num_used, "all": num_all,
-        "activation_bytes": num_used * request["max_seq_length"] * width,
+        "activation_bytes": num_used * data.seq_len * width,
     }  # fmt: skip
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.data import Data
+from moeq_plugin.cli import fields
+from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
 from moeq_plugin.cli.display import display
-from moeq_plugin.cli.health import complaint, health
+from moeq_plugin.cli.health import complaint, health, starved
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.modifiers import of_recipe, of_request
-from moeq_plugin.cli.shared import app, errors, say
+from moeq_plugin.cli.named_model import check_named
+from moeq_plugin.cli.shared import Interrupted, app, errors, say
 from moeq_plugin.files.new_directory import check_new_directory
 from moeq_plugin.files.places import check_places
 from moeq_plugin.files.work_dir import (
@@ -25,29 +28,31 @@ from moeq_plugin.files.work_dir import (
     remove_state,
 )
 
-_REQUESTS = "--scheme, --bits-per-weight, --size-gb, --allocation and --recipe"
-
 
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="model directory or id")],
     out: Annotated[Path, typer.Argument(help="new directory for the checkpoint")],
-    scheme: Annotated[str | None, typer.Option(help="such as W4A16")] = None,
-    bits_per_weight: Annotated[float | None, typer.Option(help="budget instead")] = None,
-    size_gb: Annotated[float | None, typer.Option(help="of the checkpoint, instead")] = None,
-    allocation: Annotated[Path | None, typer.Option(help="of `moeq plan`, instead")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="llm-compressor recipe, instead")] = None,
-    sensitivity: Annotated[Path | None, typer.Option(help="table of `moeq plan`")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, balanced or best")] = None,
-    target: Annotated[str, typer.Option(help="vllm, gguf, expert or linear")] = "vllm",
-    dataset: Annotated[
-        Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
-    ] = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
-    max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    scheme: fields.Scheme = None,
+    bits_per_weight: fields.BitsPerWeight = None,
+    size_gb: fields.SizeGB = None,
+    allocation: fields.AllocationFile = None,
+    recipe: fields.RecipeFile = None,
+    sensitivity: fields.SensitivityFile = None,
+    option: fields.Options = None,
+    preset: fields.Preset = None,
+    target: fields.Target = "vllm",
+    ignore: fields.Ignore = None,
+    weight_observer: fields.WeightObserver = None,
+    affinity_power: fields.AffinityPower = None,
+    seed: fields.Seed = None,
+    dataset: Datasets = None,
+    chat_template: ChatTemplate = True,
+    num_calibration_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 1,
+    dtype: Annotated[str, typer.Option(help="of the loaded weights; auto: their own")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of an id")] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="state after every layer; default: OUT.work")
     ] = None,
@@ -64,55 +69,110 @@ def quantize(
         typer.Exit: with code 1 if a linear was not quantized as asked, 2 if the request cannot be
             met, 130 if interrupted.
     """
-    given: dict[str, Any] = {
-        "scheme": scheme,
-        "bits_per_weight": bits_per_weight,
-        "size_gb": size_gb,
-        "allocation": allocation and str(allocation),
-        "recipe": recipe,
-    }
-    request = {name: value for name, value in given.items() if value is not None}
-    _check_request(request, preset)
     with errors("quantize"):
-        work_dir = work_dir or out.with_name(out.name + ".work")
-    request |= {"options": option} if option else {}
-    request |= {"preset": preset} if preset is not None else {}
-    request |= {} if sensitivity is None else {"sensitivity": str(sensitivity)}
-    phases = _phases(request, has_dataset=dataset is not None)
-    with errors("quantize"), display(phases=phases, jsonl=jsonl):
-        reads = {"--dataset": dataset, "--recipe": recipe, "MODEL": Path(model)}
-        reads |= {"--sensitivity": sensitivity, "--allocation": allocation}
-        check_places(reads=reads, makes={"OUT": out, "--work-dir": work_dir})
-        check_new_directory(out)
-        _check_resume(work_dir, resume=resume)
-        is_ours = may_go(work_dir)
-        if recipe is None:
-            modifiers = of_request(**request, target=target, work_dir=str(work_dir))
-        else:
-            modifiers = of_recipe(recipe, work_dir)
-        data = Data(dataset, num_calibration_samples, max_seq_length)
-        summary, failures = _run(model, out, modifiers, data, work_dir, strict, trust_remote_code)
-    remove_state(work_dir, with_directory=is_ours)
+        request = fields.given(
+            scheme=scheme, bits_per_weight=bits_per_weight, size_gb=size_gb, allocation=allocation,
+            recipe=recipe, sensitivity=sensitivity, options=option, preset=preset, ignore=ignore,
+            weight_observer=weight_observer, affinity_power=affinity_power, seed=seed,
+        )  # fmt: skip
+        fields.check_fields(request)
+        fields.check_loading(dtype, batch_size)
+        check_named(model)
+        data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
+        data.check()
+        job = _Job(
+            model, out, work_dir or out.with_name(out.name + ".work"), data, strict,
+            {"batch_size": batch_size, "dtype": dtype, "revision": revision,
+             "trust_remote_code": trust_remote_code},
+        )  # fmt: skip
+        job.check(request, resume=resume)
+    with errors("quantize"):
+        summary, failures = job.run(request, target, jsonl=jsonl)
     if not jsonl:
         say(f"{out}: {summary}")
         say(f"next: moeq verify {out} --source {model}")
+    if warning := starved(out):
+        say(warning, err=True)
     if failures:
         _complain(failures, f"{out} holds them rounded to nearest")
         raise typer.Exit(1)
 
 
-def _check_request(request: Mapping[str, Any], preset: str | None) -> None:
-    """Refuse what is no request, or two.
+@dataclass(frozen=True)
+class _Job:
+    """A run as it was asked for.
 
-    Raises:
-        typer.Exit: with code 2.
+    Attributes:
+        model: directory or id.
+        out: new directory.
+        work_dir: of the state after every layer.
+        data: to calibrate on.
+        strict: whether a linear that does not rest on its own tokens fails the run.
+        settings: of loading and of ``oneshot``.
     """
-    if len(request) != 1:
-        typer.echo(f"moeq quantize: give exactly one of {_REQUESTS}", err=True)
-        raise typer.Exit(2)
-    if "recipe" in request and preset is not None:
-        typer.echo("moeq quantize: --preset is a line of the recipe, `preset: ...`", err=True)
-        raise typer.Exit(2)
+
+    model: str
+    out: Path
+    work_dir: Path
+    data: Data
+    strict: bool
+    settings: Mapping[str, Any]
+
+    def check(self, request: Mapping[str, Any], *, resume: bool) -> None:
+        """Refuse places that would overwrite each other or an earlier run."""
+        files = ("recipe", "sensitivity", "allocation")
+        reads = {f"--{name}": Path(request[name]) for name in files if name in request}
+        reads |= {f"--dataset {name}": Path(name) for name in self.data.sources}
+        reads["MODEL"] = Path(self.model)
+        check_places(reads=reads, makes={"OUT": self.out, "--work-dir": self.work_dir})
+        check_new_directory(self.out)
+        _check_resume(self.work_dir, resume=resume)
+
+    def run(self, request: dict[str, Any], target: str, *, jsonl: bool) -> tuple[str, list[str]]:
+        """Quantize; return what :func:`health` says of the checkpoint."""
+        is_ours = may_go(self.work_dir)
+        phases = _phases(request, has_dataset=bool(self.data.sources))
+        with display(phases=phases, jsonl=jsonl):
+            if "recipe" in request:
+                modifiers = of_recipe(Path(request["recipe"]), self.work_dir)
+            else:
+                modifiers = of_request(**request, target=target, work_dir=str(self.work_dir))
+            found = self._write(modifiers)
+        remove_state(self.work_dir, with_directory=is_ours)
+        return found
+
+    def _write(self, modifiers: list[Any]) -> tuple[str, list[str]]:
+        """Write the checkpoint.
+
+        Raises:
+            typer.Exit: with code 1 if strict and a linear was not quantized as asked; nothing is
+                written then.
+            Interrupted: saying what is kept.
+        """
+        from moeq_plugin.files.publish import staged
+
+        try:
+            with staged(self.out) as stage, _without_empty_state(self.work_dir):
+                run_oneshot(
+                    self.model,
+                    modifiers,
+                    self.data,
+                    shuffle_calibration_samples=False,
+                    output_dir=str(stage),
+                    **self.settings,
+                )
+                summary, failures = health(stage, strict=self.strict)
+                if failures and self.strict:
+                    _complain(failures, f"{self.out} was not written")
+                    if holds_progress(self.work_dir):
+                        say(f"--resume without --strict writes it, from {self.work_dir}", err=True)
+                    raise typer.Exit(1)
+                return summary, failures
+        except KeyboardInterrupt:
+            kept = "nothing kept"
+            if holds_progress(self.work_dir):
+                kept = f"--resume continues from {self.work_dir}"
+            raise Interrupted(kept) from None
 
 
 def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
@@ -129,51 +189,6 @@ def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
 def _complain(failures: list[str], consequence: str) -> None:
     for line in complaint(failures, consequence).splitlines():
         say(line, err=True)
-
-
-def _run(
-    model: str,
-    out: Path,
-    modifiers: list[Any],
-    data: Data,
-    work_dir: Path,
-    strict: bool,
-    trust_remote_code: bool,
-) -> tuple[str, list[str]]:
-    """Quantize and write the checkpoint; return what :func:`health` says of it.
-
-    Raises:
-        typer.Exit: with code 1 if strict and a linear was not quantized as asked, 130 if
-            interrupted; nothing is written then.
-    """
-    from moeq_plugin.files.datasets import read_dataset
-    from moeq_plugin.files.publish import staged
-
-    try:
-        with staged(out) as stage, _without_empty_state(work_dir):
-            run_oneshot(
-                model,
-                modifiers,
-                trust_remote_code=trust_remote_code,
-                dataset=read_dataset(data.path, data.num_sequences),
-                num_calibration_samples=data.num_sequences,
-                max_seq_length=data.seq_len,
-                shuffle_calibration_samples=False,
-                output_dir=str(stage),
-            )
-            summary, failures = health(stage, strict=strict)
-            if failures and strict:
-                _complain(failures, f"{out} was not written")
-                if holds_progress(work_dir):
-                    way_out = f"--resume without --strict writes it, from {work_dir}"
-                    say(way_out, err=True)
-                raise typer.Exit(1)
-            return summary, failures
-    except KeyboardInterrupt:
-        kept = f"--resume continues from {work_dir}" if holds_progress(work_dir) else "nothing kept"
-        say("", err=True)  # after the ^C of the terminal
-        say(f"interrupted; {kept}", err=True)
-        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -17,9 +17,15 @@ _NUM_BUDGETS = 14
 
 @app.command()
 def report(
-    checkpoint: Annotated[Path, typer.Argument(help="directory of a quantized model")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="directory of a quantized model; several are compared")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="page to write; default: report.html in the directory")
+        Path | None,
+        typer.Option(
+            help="page to write; default: report.html in the directory, for several "
+            "comparison.html here"
+        ),
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="of `moeq eval --json`, if it is not in the directory")
@@ -28,32 +34,70 @@ def report(
         Path | None, typer.Option(help="also write a model card with what was measured")
     ] = None,
 ) -> None:
-    """Write one HTML file with everything that is known of a checkpoint; it needs no network.
+    """Write one HTML file that says whether to ship a checkpoint, and why; it needs no network.
 
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from moeq_plugin.report.directory import read_directory
-    from moeq_plugin.report.model_card import model_card
-
     with errors("report"):
         from moeq_plugin.files.atomic import write_text
         from moeq_plugin.files.places import check_new_file, check_places
+        from moeq_plugin.report.model_card import model_card
 
-        path = checkpoint / "report.html" if out is None else out
+        path = _place(checkpoints, out, of_one=evaluation or card)
         check_places(reads={"--evaluation": evaluation}, makes={"--out": path, "--card": card})
         check_new_file("--out", path, _is_page)
         check_new_file("--card", card, lambda card: card.suffix == ".md")
-        found = read_directory(checkpoint, evaluation=evaluation)
-        found.front = _front(found)
-        page = _rendered(found)
+        several = [_findings(checkpoint, evaluation) for checkpoint in checkpoints]
+        _check_quantized(several, has_place=out is not None or len(several) > 1)
+        page = _rendered(several)
         write_text(path, page)
         say(f"{path}: written, {len(page) / 1e6:.1f} MB")
         if card is not None:
-            write_text(card, model_card(found))
+            write_text(card, model_card(several[0]))
             say(f"{card}: written")
-        for problem in found.problems:
+        for problem in (problem for found in several for problem in found.problems):
             say(f"warning: {problem}", err=True)
+
+
+def _place(checkpoints: list[Path], out: Path | None, *, of_one: Path | None) -> Path:
+    """Return where the page goes.
+
+    Raises:
+        ValueError: if there are several checkpoints, and something that only one can have.
+    """
+    if len(checkpoints) > 1 and of_one is not None:
+        raise ValueError("--evaluation and --card are of one checkpoint, several were given")
+    if out is not None:
+        return out
+    return checkpoints[0] / "report.html" if len(checkpoints) == 1 else Path("comparison.html")
+
+
+def _check_quantized(several: list[Findings], *, has_place: bool) -> None:
+    """Keep the directory of a model that is not quantized as it is.
+
+    Raises:
+        ValueError: saying how to get the page.
+    """
+    if not has_place and not several[0].is_quantized:
+        raise ValueError(
+            f"{several[0].directory} is not quantized; --out FILE writes a page about it elsewhere"
+        )
+
+
+def _findings(checkpoint: Path, evaluation: Path | None) -> Findings:
+    """Return all that is known of a checkpoint, every weight looked at."""
+    from moeq_plugin import verify_checkpoint
+    from moeq_plugin.report.directory import read_directory
+
+    found = read_directory(checkpoint, evaluation=evaluation)
+    found.front = _front(found)
+    if found.stored is not None:
+        try:
+            found.verification = verify_checkpoint(checkpoint)
+        except ValueError as error:
+            found.problems.append(f"it could not be verified: {error}")
+    return found
 
 
 def _is_page(path: Path) -> bool:
@@ -61,11 +105,11 @@ def _is_page(path: Path) -> bool:
         return "quantization report</title>" in file.read(4096)
 
 
-def _rendered(found: Findings) -> str:
-    from moeq_plugin.report.page import render
+def _rendered(several: list[Findings]) -> str:
+    from moeq_plugin.report.page import render, render_comparison
 
     try:
-        return render(found)
+        return render(several[0]) if len(several) == 1 else render_comparison(several)
     except ImportError as error:  # the message names what to install
         raise ValueError(error) from None
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moeq_plugin.cli.display import display
 from moeq_plugin.cli.loading import TrustRemoteCode, device, load_model
+from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
 
@@ -32,12 +34,12 @@ def sample(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from moeq_plugin.core.sampling import EBSSConfig
-    from moeq_plugin.files.places import check_new_file, check_places
-    from moeq_plugin.files.sampled_set import SampledSetFile
-    from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import sample_set
-
     with errors("sample"):
+        check_named(model)
+        from moeq_plugin.core.sampling import EBSSConfig
+        from moeq_plugin.files.places import check_new_file, check_places
+        from moeq_plugin.files.sampled_set import SampledSetFile
+
         manifest = SampledSetFile(out).manifest_path
         check_places(reads={"MODEL": Path(model)}, makes={"OUT": out, "its manifest": manifest})
         check_new_file("OUT", out, lambda _: manifest.exists(), makes_parents=True)
@@ -51,9 +53,12 @@ def sample(
             global_balance=global_balance,
             seed=seed,
         )
-        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
-        loaded.to(device())
-        report = sample_set(loaded, tokenizer, config, path=out).report
+        with display(phases=["sample"], jsonl=False):
+            from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import sample_set
+
+            loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+            loaded.to(device())
+            report = sample_set(loaded, tokenizer, config, path=out).report
     say(f"{out}: {report.summary()}")
     for warning in report.warnings:
         say(f"warning: {warning}", err=True)

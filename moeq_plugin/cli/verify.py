@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeq_plugin.cli.loading import TrustRemoteCode, load_tokenizer, loading
-from moeq_plugin.cli.shared import app, errors, say
+from moeq_plugin.cli.named_model import local
+from moeq_plugin.cli.shared import app, errors, say, say_json
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.checks.findings import Finding
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
 @app.command()
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="directory of a checkpoint of any origin")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="directory of a checkpoint of any origin, or an id in the cache")
+    ],
     source: Annotated[
-        Path | None, typer.Option(help="16-bit model to compare every weight with")
+        str | None, typer.Option(help="16-bit model to compare every weight with")
     ] = None,
     target: Annotated[str, typer.Option(help="vllm, transformers or gguf")] = "vllm",
     tp: Annotated[int, typer.Option(help="ranks of tensor parallelism")] = 1,
@@ -39,14 +42,16 @@ def verify(
 
         from moeq_plugin import verify_checkpoint
 
-        report = verify_checkpoint(checkpoint, source, target=target, tp=tp)
+        directory = local(checkpoint)
+        original = None if source is None else local(source)
+        report = verify_checkpoint(directory, original, target=target, tp=tp)
         if generate is not None and not report.errors:
-            text, found = _generate(checkpoint, generate, trust_remote_code)
+            text, found = _generate(directory, generate, trust_remote_code)
             report = replace(report, findings=(*report.findings, *found))
             for line in f"{generate}{text}".splitlines():
                 say(line, err=as_json)
         if as_json:
-            typer.echo(json.dumps(report.to_dict(), indent=1))
+            say_json(json.dumps(report.to_dict(), indent=1))
         else:
             for line in report.lines():
                 say(line)

@@ -17,7 +17,7 @@ from moeq_plugin.models.routing_agreement import (
 )
 from moeq_plugin.models.stderr import mean_and_stderr, quantile_and_stderr
 
-_CHUNK = 256  # tokens whose distributions are held in float32 at a time
+CHUNK = 256  # tokens whose distributions are held in float32 at a time
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Distances:
+class Distances:
     """One sequence's tokens, each field ``[tokens]``."""
 
     nll: torch.Tensor
@@ -95,7 +95,7 @@ def evaluate(
     Raises:
         ValueError: if there is no sequence, or none of two tokens.
     """
-    found: list[_Distances] = []
+    found: list[Distances] = []
     routing = compare_routing(model, reference)
     with ExitStack() as recorders:
         if routing is not None:
@@ -105,19 +105,19 @@ def evaluate(
             found += _compare_batch(model, reference, ids, routing)
     if not found:
         raise ValueError("expected at least one sequence to evaluate on, got none")
-    return _summary(found, None if routing is None else routing.result())
+    return summarize(found, None if routing is None else routing.result())
 
 
 def _compare_batch(
     model: nn.Module, reference: nn.Module, ids: torch.Tensor, routing: RoutingComparison | None
-) -> list[_Distances]:
+) -> list[Distances]:
     rows, length = ids.shape
     if length < 2:
         raise ValueError(f"expected sequences of at least 2 tokens, got {length}: none to predict")
-    logits = model(input_ids=ids.to(_device(model))).logits
+    logits = model(input_ids=ids.to(device_of(model))).logits
     # taken before the other forward: both may be one model
     ours = routing.model_recorder.take(rows) if routing is not None else None
-    reference_logits = reference(input_ids=ids.to(_device(reference))).logits
+    reference_logits = reference(input_ids=ids.to(device_of(reference))).logits
     if routing is not None and ours is not None:
         routing.add(ours, routing.reference_recorder.take(rows))
     return [_distances(*of_row) for of_row in zip(logits, reference_logits, ids, strict=True)]
@@ -125,11 +125,11 @@ def _compare_batch(
 
 def _distances(
     logits: torch.Tensor, reference_logits: torch.Tensor, ids: torch.Tensor
-) -> _Distances:
+) -> Distances:
     """Compare the predictions of one sequence, ``[tokens, vocabulary]`` each."""
     parts: list[list[torch.Tensor]] = []
-    for start in range(0, len(ids) - 1, _CHUNK):
-        tokens = slice(start, min(start + _CHUNK, len(ids) - 1))
+    for start in range(0, len(ids) - 1, CHUNK):
+        tokens = slice(start, min(start + CHUNK, len(ids) - 1))
         theirs = reference_logits[tokens].float().log_softmax(-1)
         ours = logits[tokens].to(theirs).log_softmax(-1)
         target = ids[1:][tokens, None].to(theirs.device)
@@ -139,10 +139,16 @@ def _distances(
             (theirs.exp() * (theirs - ours)).sum(-1),
             (ours.argmax(-1) == theirs.argmax(-1)).float(),
         ])  # fmt: skip
-    return _Distances(*(torch.cat(of).cpu() for of in zip(*parts, strict=True)))
+    return Distances(*(torch.cat(of).cpu() for of in zip(*parts, strict=True)))
 
 
-def _summary(found: list[_Distances], routing: RoutingAgreement | None) -> Evaluation:
+def summarize(found: list[Distances], routing: RoutingAgreement | None) -> Evaluation:
+    """Return means over sequences and their errors.
+
+    Args:
+        found: distances of each sequence.
+        routing: agreement of the routers, if it was measured.
+    """
     nll, reference_nll, kl, agrees = (
         torch.stack([getattr(sequence, name).double().mean() for sequence in found])
         for name in ("nll", "reference_nll", "kl", "agrees")
@@ -168,5 +174,6 @@ def _perplexity(nll: torch.Tensor) -> tuple[float, float]:
     return math.exp(mean), math.exp(mean) * stderr  # d exp(x) = exp(x) dx
 
 
-def _device(model: nn.Module) -> torch.device | str:
+def device_of(model: nn.Module) -> torch.device | str:
+    """Return where a model takes its inputs."""
     return next((parameter.device for parameter in model.parameters()), "cpu")

@@ -10,7 +10,7 @@ from typing import Literal
 from moeq_plugin.core.names import place
 from moeq_plugin.records.run import LinearRecord
 
-Phase = Literal["sample", "measure", "quantize", "save"]
+Phase = Literal["sample", "measure", "quantize", "save", "reference", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Progress:
 
     Attributes:
         phase: ``sample`` (the model writes its calibration set), ``measure`` (sensitivities),
-            ``quantize`` or ``save``.
+            ``quantize``, ``save``, ``reference`` or ``evaluate`` (predictions of the model before
+            and after).
         done: of ``total``, in ``unit``.
         total: see above.
-        unit: ``tokens`` or ``linears``.
+        unit: ``tokens``, ``linears`` or ``sequences``.
         layer: decoder layers finished, where the phase goes by layers.
         num_layers: of the model.
         worst_tokens: effective tokens of the linear that has fewest so far.

@@ -58,6 +58,8 @@ class RunRecord:
         modifier: class name.
         settings: its arguments as given and resolved.
         versions: of the libraries that took part.
+        given: names of the arguments that say something else than their default; empty where
+            unknown.
         linears: one record per targeted linear.
         limits: what a reader of the checkpoint has to know, one sentence each.
         kept: targeted modules left in 16 bit, with the reason.
@@ -78,6 +80,7 @@ class RunRecord:
     modifier: str
     settings: dict[str, Any]
     versions: dict[str, str]
+    given: list[str] = field(default_factory=list)
     linears: list[LinearRecord] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moeq_plugin.checkpoint.checks.findings import Report
 from moeq_plugin.records import quality
 from moeq_plugin.records.quality import QualityRecord
 from moeq_plugin.records.run import FILE_NAME as RECORD_FILE
@@ -47,6 +48,7 @@ class Findings:
         quality: of ``moeq_eval.json``, ``None`` without it.
         front: points of the Pareto front, each with ``num_bytes`` of the checkpoint,
             ``bits_per_weight``, ``loss`` and ``counts`` of options; filled by who can solve it.
+        verification: what ``moeq verify`` finds; filled by who has the time to read every weight.
         problems: a sentence for each file that could not be read.
     """
 
@@ -58,7 +60,13 @@ class Findings:
     allocation: dict[str, Any] | None = None
     quality: QualityRecord | None = None
     front: list[dict[str, Any]] = field(default_factory=list)
+    verification: Report | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Return whether anything says that it is a quantized model."""
+        return bool(self.records) or "quantization_config" in self.config
 
     @property
     def linears(self) -> list[LinearRecord]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from moeq_plugin.core.names import place
 from moeq_plugin.records.quality import QualityRecord
 from moeq_plugin.records.run import Basis, RunRecord
+from moeq_plugin.report.card_metadata import base_model, metadata
+from moeq_plugin.report.card_use import use
 from moeq_plugin.report.directory import Findings, read_directory
 from moeq_plugin.report.section import number, percent, size, with_error
 from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
@@ -21,19 +22,19 @@ from moeq_plugin.untrusted.text import harmless, markdown
 
 FILE_NAME = "README.md"
 _MAX_ROWS = 40
-_PLAIN = re.compile(r"[A-Za-z][\w.+-]*(/[\w.+-]+)?", re.ASCII)
+_OF_THIS_MACHINE = ("work_dir", "sensitivity", "allocation")  # paths that nobody else has
 
 
 def model_card(found: Findings) -> str:
     """Return Markdown, with the metadata that hubs read: all that the directory says of itself."""
     name = found.directory.resolve().name
     parts = (
-        _metadata(found),
+        metadata(found),
         _overview(found, name),
+        use(found, name),
+        _evaluation(found, name),
         _schemes(found),
         _calibration(found),
-        _use(found, name),
-        _evaluation(found, name),
         _recipe(found),
         _limits(found),
     )
@@ -54,11 +55,6 @@ def _safe(lines: Iterable[str]) -> Iterator[str]:
             yield harmless(line) if is_fenced else markdown(line)
 
 
-def _scalar(text: str) -> str:
-    """Return a text as YAML reads it back, quoted where it may not stand plain."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
-
-
 def save_model_card(
     records: Sequence[RunRecord], directory: Path, *, published: Path | None = None
 ) -> None:
@@ -75,37 +71,11 @@ def save_model_card(
         (directory / FILE_NAME).write_text(model_card(found))
 
 
-def _metadata(found: Findings) -> Iterator[str]:
-    section = found.config.get("quantization_config")
-    method = section.get("quant_method") if isinstance(section, dict) else None
-    tags = ["moeq-plugin", "llm-compressor", *([method] if isinstance(method, str) else [])]
-    if effective_tokens(found.linears):
-        tags.insert(0, "moe")
-    yield "---"
-    if _is_hub_id(found.model):
-        yield f"base_model: {_scalar(found.model)}"
-        yield "base_model_relation: quantized"
-    yield "library_name: transformers"
-    yield "pipeline_tag: text-generation"
-    yield "tags:"
-    yield from (f"- {_scalar(tag)}" for tag in tags if tag)
-    yield "---"
-
-
-def _is_hub_id(name: str) -> bool:
-    """Tell a name that others know from a path that is nobody else's business."""
-    return bool(name) and len(PurePath(name).parts) == 2 and not Path(name).exists()
-
-
-def _base(found: Findings) -> str:
-    return found.model if _is_hub_id(found.model) else PurePath(found.model).name
-
-
 def _overview(found: Findings, name: str) -> Iterator[str]:
     config = found.config
     yield from ("", f"# {name}", "")
     made = " and ".join(f"`{record.modifier}`" for record in found.records)
-    base = f" of `{_base(found)}`" if found.model else ""
+    base = f" of `{base_model(found)}`" if found.model else ""
     yield f"A quantized copy{base}, made with {made or 'unknown means'} of moeq-plugin."
     yield from ("", "| | |", "|---|---|")
     if config.get("architectures"):
@@ -178,7 +148,7 @@ def _calibration(found: Findings) -> Iterator[str]:
         weak.sort(key=lambda linear: linear.effective_tokens)
         yield from (
             "",
-            "| linear on a fallback | second moments | effective tokens |",
+            "| linear without enough tokens of its own | Hessian of | effective tokens |",
             "|---|---|---|",
         )
         for x in weak[:_MAX_ROWS]:
@@ -187,33 +157,22 @@ def _calibration(found: Findings) -> Iterator[str]:
             yield f"| and {len(weak) - _MAX_ROWS} more in `moeq_run.json` | | |"
 
 
-def _use(found: Findings, name: str) -> Iterator[str]:
-    yield from ("", "## Use", "", "```", f"vllm serve ./{name}", "```", "")
-    yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "")
-    yield f'model = AutoModelForCausalLM.from_pretrained("./{name}", dtype="auto")'
-    yield f'tokenizer = AutoTokenizer.from_pretrained("./{name}")'
-    yield "```"
-    limits = list(dict.fromkeys(limit for record in found.records for limit in record.limits))
-    yield from ("", "Before you load it:" if limits else "Nothing is known that would misread it.")
-    if limits:
-        yield from ("", *(f"- {limit}" for limit in limits))
-
-
 def _evaluation(found: Findings, name: str) -> Iterator[str]:
-    base = shlex.quote(_base(found) or "BASE")  # people paste these lines into a shell
+    yield from ("", "## Evaluation", "")
+    if found.quality is None:
+        yield "No results here yet: this checkpoint was not evaluated when it was saved."
+    else:
+        yield from _results(found.quality)
+    base = shlex.quote(base_model(found) or "BASE")  # people paste these lines into a shell
     tasks = ",".join(t.task for t in found.quality.tasks) if found.quality else ""
-    yield from ("", "## Evaluation", "", "```")
-    yield f"moeq eval {base} ./{name} --text FILE --json ./{name}/moeq_eval.json"
+    yield from ("", "Measured, or to be measured, with:", "", "```")
+    yield f"moeq eval {base} {name} --text FILE --json {name}/moeq_eval.json"
     yield (
-        f"lm_eval --model vllm --model_args pretrained=./{name},dtype=auto "
+        f"lm_eval --model vllm --model_args pretrained={name},dtype=auto "
         f"--tasks {shlex.quote(tasks) if tasks else 'arc_challenge,hellaswag,gsm8k'} "
         "--batch_size auto"
     )
     yield "```"
-    if found.quality is None:
-        yield from ("", "No results here yet: this checkpoint was not evaluated when it was saved.")
-        return
-    yield from _results(found.quality)
 
 
 def _results(quality: QualityRecord) -> Iterator[str]:
@@ -228,20 +187,22 @@ def _results(quality: QualityRecord) -> Iterator[str]:
             values = (with_error(text[cell], text[f"{cell}_stderr"]) for cell in cells)
             yield f"| {name} | " + " | ".join(values) + " |"
     if quality.tasks:
-        yield from ("", "| task | before | after | left |", "|---|---|---|---|")
+        yield from ("", "| task | before | after | recovery |", "|---|---|---|---|")
         for task in quality.tasks:
             before = with_error(task.reference, task.reference_stderr)
             after = with_error(task.score, task.stderr)
             yield f"| {task.task} ({task.metric}) | {before} | {after} | {percent(task.recovery)} |"
     if quality.worst_task is not None:
         worst = quality.worst_task
-        yield from ("", f"Worst task: {worst.task}, {percent(worst.recovery)} of its score left.")
+        yield from ("", f"Worst task: {worst.task}, recovery {percent(worst.recovery)}.")
 
 
 def _recipe(found: Findings) -> Iterator[str]:
     if not found.records:
         return
-    yield from ("", "## Recipe", "", "```yaml", "quant_stage:", "  quant_modifiers:")
+    yield from ("", "## Recipe", "")
+    yield "`moeq quantize MODEL OUT --recipe recipe.yaml --dataset FILE` with this `recipe.yaml`:"
+    yield from ("", "```yaml", "quant_stage:", "  quant_modifiers:")
     for record in found.records:
         yield f"    {record.modifier}:"
         yield from (f"      {key}: {json.dumps(value)}" for key, value in _given(record))
@@ -252,7 +213,10 @@ def _recipe(found: Findings) -> Iterator[str]:
 
 
 def _given(record: RunRecord) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in record.settings.items() if value not in (None, [], {}))
+    for key, value in record.settings.items():
+        says_something = key in record.given if record.given else value not in (None, [], {})
+        if says_something and key not in _OF_THIS_MACHINE:
+            yield key, value
 
 
 def _limits(found: Findings) -> Iterator[str]:

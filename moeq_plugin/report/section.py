@@ -48,6 +48,11 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to show but how to get it."""
+        return not (self.notes or self.parts or self.quotes)
+
+    @property
     def charts(self) -> list[Chart]:
         """Return the charts among the parts."""
         return [part for part in self.parts if isinstance(part, Chart)]

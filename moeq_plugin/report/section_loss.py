@@ -50,7 +50,7 @@ def _losses(losses: Sequence[tuple[str, float]]) -> Chart:
         color = SERIES[min(number_, len(SERIES) - 1)]
         trace = {
             "type": "scatter", "mode": "lines+markers", "name": kind, "y": means,
-            "x": [layer + 0.4 * (number_ / len(kinds) - 0.5) for layer in layers],
+            "x": layers,
             "hovertext": hover, "hovertemplate": "%{hovertext}<extra></extra>",
             "line": {"color": color, "width": 1.5}, "marker": {"color": color, "size": 6},
         }  # fmt: skip

@@ -48,7 +48,7 @@ def _verdicts(quality: QualityRecord) -> list[str]:
         found.append(f"Worst text: {quality.worst_text}, mean KL {number(kl)} nats per token.")
     worst = quality.worst_task
     if worst is not None:
-        found.append(f"Worst task: {worst.task}, {percent(worst.recovery)} of its score left.")
+        found.append(f"Worst task: {worst.task}, recovery {percent(worst.recovery)}.")
     layers = [
         (layer["jaccard"], layer["name"], name)
         for name, text in quality.texts.items()
@@ -108,7 +108,7 @@ def _tasks(quality: QualityRecord) -> Table:
     if len(known) > 1:
         rows.append(["average", "", "", "", percent(sum(known) / len(known))])
     marked = frozenset(i for i, task in enumerate(quality.tasks) if task is worst)
-    head = ["task", "metric", "original", "quantized", "left"]
+    head = ["task", "metric", "original", "quantized", "recovery"]
     return Table("Tasks, ± standard error; the worst is marked", head, rows, 2, marked)
 
 

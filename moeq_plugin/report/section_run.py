@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from moeq_plugin.checkpoint.serving_memory import cache_bytes_per_token
 from moeq_plugin.records.run import Basis
+from moeq_plugin.report.decision import RULES, Decision, decide
 from moeq_plugin.report.directory import Findings
 from moeq_plugin.report.section import Section, Table, number, percent, size
+
+_CONTEXT = 8192  # tokens in all requests together
 
 
 @dataclass(frozen=True)
@@ -17,49 +21,47 @@ class Verdict:
     """Whether a reader may rest.
 
     Attributes:
-        word: ``healthy``, ``check this`` or ``no record``.
-        level: ``good``, ``warn`` or ``unknown``, for the colour.
+        decision: what to do with the checkpoint, and why.
         line: the run's own line.
         tiles: (label, value) of the numbers that matter.
-        limits: what a reader of the checkpoint has to know.
+        rules: that decided.
     """
 
-    word: str
-    level: str
+    decision: Decision
     line: str
     tiles: list[tuple[str, str]]
-    limits: list[str] = field(default_factory=list)
+    rules: Sequence[str] = RULES
 
 
 def verdict(found: Findings) -> Verdict:
     """Return what stands at the top of the page."""
-    if not found.records:
-        return Verdict("no record", "unknown", "Nothing is recorded of how this checkpoint was "
-                       "made: there is no moeq_run.json.", list(_tiles(found)))  # fmt: skip
-    line = ". ".join(record.summary(len(record.linears)) for record in found.records) + "."
-    rounded = sum(linear.basis is Basis.NONE for linear in found.linears)
-    limits = [limit for record in found.records for limit in record.limits]
-    if rounded or limits or found.problems:
-        return Verdict("check this", "warn", line, list(_tiles(found)), limits)
-    return Verdict("healthy", "good", line, list(_tiles(found)))
+    line = ". ".join(record.summary(len(record.linears)) for record in found.records)
+    return Verdict(decide(found), line and f"{line[0].upper()}{line[1:]}.", list(_tiles(found)))
 
 
 def _tiles(found: Findings) -> Iterator[tuple[str, str]]:
     if found.linears:
         yield "linears quantized", str(len(found.linears))
         weak = sum(linear.basis is not Basis.OWN for linear in found.linears)
-        yield "on a fallback", str(weak)
+        yield "not on enough tokens of their own", str(weak)
     if found.bits_per_weight is not None:
         yield "true bits per quantized weight", f"{found.bits_per_weight:.3f}"
     if found.stored is not None:
         before = size(2 * found.stored.num_weights)
         yield f"on disk ({before} in 16 bit)", size(found.stored.num_bytes)
+        cache = cache_bytes_per_token(found.config)
+        if cache is not None:
+            label = f"to serve: weights and the cache of {_CONTEXT:,} tokens"
+            yield label, size(found.stored.num_bytes + _CONTEXT * cache)
+    if found.verification is not None:
+        errors, warnings = found.verification.errors, found.verification.warnings
+        yield "errors and warnings of moeq verify", f"{len(errors)} / {len(warnings)}"
     if found.quality is not None and found.quality.worst_text is not None:
         text = found.quality.texts[found.quality.worst_text]
         yield "mean KL, nats per token", number(text["kl"], 3)
     if found.quality is not None and found.quality.worst_task is not None:
         task = found.quality.worst_task
-        yield f"left in the worst task ({task.task})", percent(task.recovery)
+        yield f"recovery of the worst task ({task.task})", percent(task.recovery)
 
 
 def run_section(found: Findings) -> Section:

@@ -5,6 +5,8 @@ from collections import defaultdict
 
 from import_graph import INSTALLED_AS, INTEGRATIONS, PACKAGE, ROOT, is_package, modules
 
+import moeq_plugin
+
 # Names that several modules of one part have, because they do the same for different things.
 SHARED_NAMES = {
     "modifier": "each method has one class that recipes name",
@@ -40,14 +42,31 @@ def test_a_planted_second_name_is_found():
     assert shared_names(hosts) == {}
 
 
+def setup_of(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text())
+
+
+OPTIMUM_CLI = ROOT / "integrations" / "optimum_cli"
+
+
 def test_every_folder_of_modules_is_packaged():
-    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    setup = setup_of(ROOT)["tool"]["setuptools"]
     folders = {module if is_package(module) else module.rpartition(".")[0] for module in modules()}
-    elsewhere = {  # our folder -> where another package looks for it
-        f"{PACKAGE}.{folder.replace('/', '.')}": name
-        for name, folder in setup["package-dir"].items()
-        if not name.startswith(PACKAGE)
-    }
-    assert {elsewhere.get(folder, folder) for folder in folders} == set(setup["packages"])
+    elsewhere = {f"{INTEGRATIONS}.{OPTIMUM_CLI.name}"}  # a distribution of its own
+    assert folders - elsewhere == set(setup["packages"])
     for folder, package in INSTALLED_AS.items():
         assert setup["package-dir"][package] == str(folder.relative_to(ROOT))
+
+
+def test_no_file_stands_in_a_package_of_others():
+    """A file below ``optimum/`` would make ``is_optimum_available()`` true without Optimum."""
+    setup = setup_of(ROOT)["tool"]["setuptools"]
+    named = [*setup["packages"], *setup["package-dir"], *setup["package-data"]]
+    assert {name.partition(".")[0] for name in named} == {PACKAGE}
+
+
+def test_the_command_for_optimum_comes_with_optimum_and_this_version():
+    project = setup_of(OPTIMUM_CLI)["project"]
+    assert project["version"] == moeq_plugin.__version__
+    assert f"moeq-plugin=={moeq_plugin.__version__}" in project["dependencies"]
+    assert any(of.startswith("optimum>") for of in project["dependencies"])

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.cli import app
-from moeq_plugin.cli.quality import load_quantized, read_windows
+from moeq_plugin.cli.measure import Models
+from moeq_plugin.cli.quality import read_windows
 from moeq_plugin.cli.tasks import task_score
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.records.quality import QualityRecord
@@ -72,6 +73,28 @@ def test_a_quantized_checkpoint_is_compared_and_written(tiny, tmp_path):
     assert record.continuations[0].prompt.split()[:3] == (tiny / "text.txt").read_text().split()[:3]
 
 
+def test_predictions_that_are_kept_stand_for_the_model(tiny, tmp_path):
+    side, after, again = (tmp_path / f"{name}.json" for name in ("side", "after", "again"))
+    request = ["--text", tiny / "text.txt", "--seq-len", 40, "--num-sequences", 6]
+    kept = ["--reference", tmp_path / "reference.safetensors"]
+    spread = ["--device-map", "auto"]
+    for more in (["--json", side, *spread], [*kept, "--json", after], [*kept, "--json", again]):
+        done = invoke(tiny, *request, *more)
+        assert done.exit_code == 0, done.output
+    one, *others = (QualityRecord.load(path) for path in (side, after, again))
+    for other in others:
+        assert other.continuations == one.continuations
+        assert other.texts["text"]["kl"] == pytest.approx(one.texts["text"]["kl"], rel=1e-4)
+        assert other.texts["text"]["routing"] is None
+
+    done = invoke(tiny, *request[:-1], 5, *kept)
+    assert done.exit_code == 2
+    assert "other tokens than asked for now" in done.output
+    done = invoke(tiny, *request, "--reference", tiny / "quant" / "model.safetensors")
+    assert done.exit_code == 2
+    assert "no file of predictions" in done.output
+
+
 def test_a_model_is_no_distance_from_itself(tiny, tmp_path):
     out, base = tmp_path / "eval.json", str(tiny / "base")
     request = ["eval", base, base, "--text", str(tiny / "text.txt"), "--seq-len", "40"]
@@ -86,12 +109,12 @@ def test_every_expert_is_loaded_as_it_is_stored(tiny):
     # plain transformers applies the scheme of layer 0 to layer 1 and loads other numbers
     exact, loaded = (
         load_dequantized(tiny / "quant"),
-        load_quantized(str(tiny / "quant"), "float32", trust_remote_code=False),
+        Models("", str(tiny / "quant"), "float32", trust_remote_code=False).load_quantized(),
     )
     for name, weight in exact.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.float()), name
     assert (
-        load_quantized(str(tiny / "base"), "bfloat16", trust_remote_code=False).dtype
+        Models("", str(tiny / "base"), "bfloat16", trust_remote_code=False).load_quantized().dtype
         == torch.bfloat16
     )
 

@@ -36,20 +36,21 @@ def quantize(model, folder, rows, *more):
 
 def check_refused(done, folder, *kept):
     assert done.exit_code == 2, done.output
-    assert len(done.stderr.strip().splitlines()) <= 2
-    assert done.stderr.startswith("moeq quantize: ")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("calibrating on ")]
+    assert len(lines) <= 2
+    assert lines[0].startswith("moeq quantize: ")
     assert {p.name for p in folder.iterdir()} == {"data.jsonl", *kept}
 
 
 @pytest.mark.parametrize(
     ("rows", "more", "said"),
     [
-        ([IDS, {"input_ids": []}], (), "row 1 of the calibration data has no tokens"),
-        ([{"text": "1 2"}, {"text": ""}], (), "row 1 of the calibration data has no tokens"),
+        ([IDS, {"input_ids": []}], (), "1 of 2 rows have no `input_ids` to calibrate on"),
+        ([{"text": "1 2"}, {"text": ""}], (), "1 of 2 rows have no `text` to calibrate on"),
         ([{"input_ids": [4, 99999]}], (), "token id 99999"),
         ([{"input_ids": [4, -1]}], (), "token id -1"),
-        ([{"text": "1"}, IDS], (), "has no `input_ids`"),
-        ([{"text": None}, {"text": "1"}], (), "has no `text`"),
+        ([{"text": "1"}, IDS], (), "1 of 2 rows have no `input_ids`"),
+        ([{"text": None}, {"text": "1"}], (), "1 of 2 rows have no `text`"),
         ([{"prompt": "1"}], (), "the columns prompt"),
         ([{"input_ids": ["a"]}], (), "expected lists of integers"),
         ([{"input_ids": 5}], (), "expected lists of integers"),

@@ -39,6 +39,23 @@ def test_an_evaluation_elsewhere_is_taken(tmp_path):
     assert "Worst text: code" in (tmp_path / "w4" / "report.html").read_text()
 
 
+def test_several_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(write_checkpoint(tmp_path / "w4"), write_checkpoint(tmp_path / "w3"))
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "comparison.html").read_text()
+    assert "<h1>2 checkpoints compared</h1>" in text
+    assert "Side by side" in text
+
+
+def test_nothing_is_written_into_a_model_that_is_not_quantized(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    done = invoke(tmp_path)
+    assert done.exit_code == 2
+    assert "is not quantized; --out FILE" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_table_that_cannot_be_solved_is_a_gap_and_a_warning(tmp_path):
     path = write_checkpoint(tmp_path) / "moeq_sensitivity.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))

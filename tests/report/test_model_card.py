@@ -17,7 +17,7 @@ def test_the_metadata_is_what_hubs_read(found):
     assert metadata == [
         "base_model: someone/some-moe", "base_model_relation: quantized",
         "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- moe",
-        "- moeq-plugin", "- llm-compressor", "- compressed-tensors",
+        "- moeq-plugin", "- llm-compressor", "- compressed-tensors", "- quantized", '- "4-bit"',
     ]  # fmt: skip
 
 
@@ -32,17 +32,57 @@ def test_the_checklist_of_a_card_is_met(found):
         "On text that the model wrote itself: 4 sequences",
         "Effective tokens of an expert: at least 0.5",
         "| model.layers.1.mlp.experts.1.up_proj | rounded to nearest | 15 |",
-        "vllm serve ./some-moe-W4",
-        "moeq eval someone/some-moe ./some-moe-W4 --text FILE",
-        "lm_eval --model vllm --model_args pretrained=./some-moe-W4,dtype=auto --tasks easy,hard,",
+        "vllm serve some-moe-W4 --tensor-parallel-size 1",
+        "moeq eval someone/some-moe some-moe-W4 --text FILE",
+        "lm_eval --model vllm --model_args pretrained=some-moe-W4,dtype=auto --tasks easy,hard,",
         "| hard (exact_match) | 0.500 ± 0.020 | 0.400 ± 0.020 | 80.0 % |",
-        "Worst task: hard, 80.0 % of its score left.",
+        "Worst task: hard, recovery 80.0 %.",
         "- a limit that `somebody` has to know",
         '      scheme: "W4A16"',
         "- torch 2.13.0",
         "- hardware one core",
     ):
         assert line in card, line
+
+
+def test_no_path_and_no_code_that_reads_other_numbers(found):
+    (record,) = found.records
+    card = model_card(found)
+    assert "./" not in card
+    assert "AutoModelForCausalLM" in card
+    record.limits = ["transformers 5.17 applies one scheme to all and loads the others wrong"]
+    card = model_card(found)
+    assert "AutoModelForCausalLM" not in card
+    assert 'load_dequantized("some-moe-W4")' in card
+    assert "vllm serve" in card
+    record.limits = ["vLLM applies the scheme of expert 0 to all of them"]
+    card = model_card(found)
+    assert "AutoModelForCausalLM" in card
+    assert "vllm serve" not in card
+
+
+def test_what_a_hub_reads_is_taken_from_the_original(found, tmp_path):
+    (tmp_path / "original").mkdir()
+    card = "---\nlicense: other\nlicense_name: some-licence\nlicense_link: https://x.org/L\n"
+    card += "language:\n- en\n- de\ntags:\n- not-ours\n---\n# Text\nlicense: mit\n"
+    (tmp_path / "original" / "README.md").write_text(card)
+    found.records[0].model = str(tmp_path / "original")
+    lines = model_card(found).splitlines()
+    assert lines[1:7] == [
+        "license: other", "license_name: some-licence", "license_link: https://x.org/L",
+        "language:", "- en", "- de",
+    ]  # fmt: skip
+    assert "- not-ours" not in lines
+    assert "license: mit" not in lines
+
+
+def test_only_what_was_given_stands_in_the_recipe(found):
+    (record,) = found.records
+    record.settings |= {"seed": 0, "work_dir": "/home/me", "affinity_power": 0.0}
+    record.given = ["scheme", "affinity_power", "work_dir"]
+    recipe = model_card(found).split("```yaml\n")[1].split("```")[0]
+    assert "affinity_power: 0.0" in recipe
+    assert "seed" not in recipe and "/home/me" not in recipe
 
 
 def test_the_recipe_is_yaml_that_makes_the_same_settings(found):

@@ -49,7 +49,7 @@ def test_a_record_without_linears_still_gives_a_page(tmp_path):
     empty = record()
     empty.linears = []
     save_records([empty], tmp_path)
-    assert "quantized 0 of 0 linears" in page.render(read_directory(tmp_path))
+    assert "Quantized 0 of 0 linears" in page.render(read_directory(tmp_path))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

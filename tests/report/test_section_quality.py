@@ -6,7 +6,7 @@ from moeq_plugin.report.section_quality import quality_section
 def test_the_worst_text_task_and_layer_are_named(found):
     text, task, layer = quality_section(found).notes
     assert text == "Worst text: code, mean KL 0.02 nats per token."
-    assert task == "Worst task: hard, 80.0 % of its score left."
+    assert task == "Worst task: hard, recovery 80.0 %."
     assert "model.layers.2.mlp (on code): 77.0 %" in layer
 
 

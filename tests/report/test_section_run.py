@@ -1,33 +1,15 @@
 from written_checkpoint import PROMPT
 
-from moeq_plugin.records.run import Basis
 from moeq_plugin.report.section_run import run_section, samples_section, verdict
-
-
-def test_a_rounded_linear_or_a_limit_or_a_broken_file_is_worth_a_look(found):
-    assert verdict(found).word == "check this"
-    assert verdict(found).limits == ["a limit that `somebody` has to know"]
-    record = found.records[0]
-    record.limits = []
-    assert verdict(found).level == "warn"
-    record.linears = [x for x in record.linears if x.basis is not Basis.NONE]
-    assert verdict(found).word == "healthy"
-    found.problems = ["a file could not be read"]
-    assert verdict(found).word == "check this"
 
 
 def test_the_tiles_are_the_numbers_that_matter(found):
     tiles = dict(verdict(found).tiles)
     assert tiles["linears quantized"] == "75"
-    assert tiles["on a fallback"] == "3"
+    assert tiles["not on enough tokens of their own"] == "3"
     assert tiles["true bits per quantized weight"] == "4.750"
     assert tiles["mean KL, nats per token"] == "0.02"
-    assert tiles["left in the worst task (hard)"] == "80.0 %"
-
-
-def test_without_a_record_the_verdict_is_open(found):
-    found.records = []
-    assert verdict(found).level == "unknown"
+    assert tiles["recovery of the worst task (hard)"] == "80.0 %"
 
 
 def test_settings_versions_and_what_was_kept_are_listed(found):

@@ -27,7 +27,8 @@ from torch import nn
 from moeq_plugin.integrations.llm_compressor.schemes import describe, grid_of
 
 UNQUANTIZED = "UNQUANTIZED"
-DEFAULT_OPTIONS = ("W2A16", "W3A16", "W4A16", "W8A16")
+# what ordinary kernels of vLLM serve; 2 and 3 bits need Humming kernels, and are asked for by name
+DEFAULT_OPTIONS = ("W4A16", "W8A16")
 _GROUP_SIZE = re.compile(r"_G(\d+)$")
 
 

@@ -49,7 +49,7 @@ def new_record(recipe: AWQModifier, request: Request, state: State) -> RunRecord
         },
         versions=versions(),
         model=getattr(state.model, "name_or_path", ""),
-        calibration=f"{len(calibration_batches(state))} batches of the data given to oneshot",
+        calibration=f"{len(calibration_batches(state))} batches of data",
     )
 
 

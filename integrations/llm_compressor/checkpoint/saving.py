@@ -29,6 +29,7 @@ from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     serving_limits,
     storage_limits,
 )
+from moeq_plugin.integrations.llm_compressor.checkpoint.recipe_file import introduce_recipe
 from moeq_plugin.integrations.llm_compressor.host import (
     exact_codes,
     parameters_stay_parameters,
@@ -128,6 +129,7 @@ def _write_on_save(
                 return
             _mend_config(model, directory)
             mend_ignored(model, directory)
+            introduce_recipe(directory)
             records = [record for record, _ in finished]
             save_records(records, directory)
             for _, save_more in finished:

@@ -68,7 +68,8 @@ class MoEQuantModifier(RoutedModifier):
             take per weight; every unit of the target gets the option that makes the predicted
             loss least.
         size_gb: likewise, what all tensors of the checkpoint may take, in 1e9 bytes.
-        options: schemes to choose from, such as ``W4A16``, ``W3A16_G64`` or ``UNQUANTIZED``.
+        options: schemes to choose from, such as ``W4A16``, ``W3A16_G64`` or ``UNQUANTIZED``; those
+            with 2 and 3 bits, for which vLLM needs Humming kernels, only if they are named.
         target: what will read the checkpoint (:class:`Target`), which decides what has to share a
             scheme.
         robust: minimise the loss of the worst domain relative to uniform bits, not the mean.

@@ -145,6 +145,7 @@ class RoutedModifier(RoutedRecipe):
         return RunRecord(
             modifier=request.modifier,
             settings=dict(request.settings),
+            given=self.given(),
             versions=versions(),
             kept=dict(request.kept),
             model=getattr(state.model, "name_or_path", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -51,10 +52,13 @@ class RoutedRecipe(SolverFields, OneRun, GPTQModifier):
         names = [scheme] if isinstance(scheme, str) else list(scheme or ())
         for name in names:
             if not is_preset_scheme(name):
-                near = difflib.get_close_matches(name.upper(), PRESET_SCHEMES, n=3)
+                near = [f"W{bits}A16" for bits in re.findall(r"[2-8]", name)[:1]]
+                near += difflib.get_close_matches(name.upper(), PRESET_SCHEMES, n=2)
+                meant = " or ".join(dict.fromkeys(n for n in near if is_preset_scheme(n)))
                 raise ValueError(
-                    f"{name!r} is not a scheme; did you mean {near or sorted(PRESET_SCHEMES)}? "
-                    "For other grids give config_groups."
+                    f"{name!r} is not a scheme; "
+                    + (f"did you mean {meant}? " if meant else f"known: {sorted(PRESET_SCHEMES)}. ")
+                    + "For other grids give config_groups."
                 )
         return scheme
 
@@ -77,6 +81,15 @@ class RoutedRecipe(SolverFields, OneRun, GPTQModifier):
     def settings(self) -> dict[str, Any]:
         """Return what was asked for, as plain data."""
         return {name: v for name, v in self.model_dump().items() if name not in HOST_STATE}
+
+    def given(self) -> list[str]:
+        """Return the names of the fields that say something else than their default."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in HOST_STATE
+            and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
 
     def host_fields(self) -> dict[str, Any]:
         """Return copies of the fields that are llm-compressor's ``GPTQModifier``'s."""

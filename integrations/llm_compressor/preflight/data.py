@@ -35,7 +35,9 @@ class TokenCount:
     def in_words(self) -> str:
         """Return what the data are, for the record of the run."""
         cut = f", {self.num_cut} tokens cut off by the collator" if self.num_cut else ""
-        return f"{self.num_batches} batches of the data given to oneshot{cut}"
+        tokens = f"{self.num_tokens:,} tokens in " if self.num_tokens else ""
+        batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
+        return f"{tokens}{batches}{cut}"
 
     def warn(self) -> None:
         """Say what makes less, or something else, count than was given."""

@@ -164,6 +164,11 @@ class Report:
         return [found for found in self.findings if found.severity is Severity.ERROR]
 
     @property
+    def warnings(self) -> list[Finding]:
+        """Return the findings that the target copes with."""
+        return [found for found in self.findings if found.severity is Severity.WARNING]
+
+    @property
     def exit_code(self) -> int:
         """Return 0 for a sound checkpoint, 1 for errors, 2 for files that cannot be read."""
         if any(found.check in UNREADABLE for found in self.findings):

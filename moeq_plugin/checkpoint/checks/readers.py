@@ -21,6 +21,8 @@ _ONLY_WITH_US = (
     "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory); "
     "servers take GPT-OSS as it was published, in MXFP4"
 )
+_RWKV = ("rwkv", "rwkv5", "rwkv6", "rwkv7")
+_WITH_OUR_RWKV = "import moeq_plugin.rwkv, and load it with transformers"
 _PACKED_BITS, _KERNEL_BITS = range(2, 9), (4, 8)
 
 
@@ -85,6 +87,9 @@ def check_vllm(layout: Layout, target: str) -> Iterator[Finding]:
     """
     if target != "vllm":
         return
+    if layout.architecture.family in _RWKV:
+        what = f"vLLM 0.32 has no {layout.architecture.family}"
+        yield warning("vllm-refuses", "config.json", what, _WITH_OUR_RWKV)
     if layout.architecture.family == "gpt_oss" and layout.present(Role.EXPERT):
         yield error(
             "vllm-refuses",

@@ -161,7 +161,7 @@ def test_a_limit_that_was_asked_for_loses_nothing(model):
         counted.append(modifier.record.calibration)
 
     assert "lost" not in warnings_of(lambda: collated(batch_size=4, max_seq_length=40))
-    assert counted == ["1 batches of the data given to oneshot"]
+    assert counted == ["160 tokens in 1 batch"]
 
 
 def test_padding_without_a_mask_is_said(tmp_path):

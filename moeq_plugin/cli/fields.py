@@ -1,0 +1,79 @@
+"""Options of ``moeq quantize`` that are fields of the modifier, and what contradicts a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# of these exactly one says what is wanted
+REQUESTS = ("scheme", "bits_per_weight", "size_gb", "allocation", "recipe")
+
+Scheme = Annotated[str | None, typer.Option(help="such as W4A16 or W4A16_G64")]
+BitsPerWeight = Annotated[float | None, typer.Option(help="budget instead")]
+SizeGB = Annotated[float | None, typer.Option(help="of the checkpoint, instead")]
+AllocationFile = Annotated[Path | None, typer.Option(help="of `moeq plan`, instead")]
+RecipeFile = Annotated[Path | None, typer.Option(help="llm-compressor recipe, instead")]
+SensitivityFile = Annotated[Path | None, typer.Option(help="table of `moeq plan`")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", help="scheme to choose from, such as W3A16_G64")
+]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced (default) or best")]
+Target = Annotated[str, typer.Option(help="vllm, gguf, expert or linear")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="modules left in 16 bit, names or `re:` patterns; default: lm_head"),
+]
+WeightObserver = Annotated[
+    str | None, typer.Option(help="of scales, such as minmax or memoryless_mse")
+]
+AffinityPower = Annotated[
+    float | None, typer.Option(help="of the router's weight with which a token counts")
+]
+Seed = Annotated[int | None, typer.Option(help="of what is drawn")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given, paths as text."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in options.items()
+        if value is not None and value != []
+    }
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse what asks for nothing, for two things, or for what a recipe says itself.
+
+    Raises:
+        ValueError: naming the options.
+    """
+    if sum(name in fields for name in REQUESTS) != 1:
+        names = [_option(name) for name in REQUESTS]
+        raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
+    also = [name for name in fields if name != "recipe"]
+    if "recipe" in fields and also:
+        raise ValueError(f"{_option(also[0])} is a line of the recipe, `{also[0]}: ...`")
+    has_budget = "bits_per_weight" in fields or "size_gb" in fields
+    for name, option in {"options": "--option", "sensitivity": "--sensitivity"}.items():
+        if name in fields and not has_budget:
+            raise ValueError(f"{option} is for a budget: give --bits-per-weight or --size-gb")
+
+
+def check_loading(dtype: str, batch_size: int) -> None:
+    """Refuse what no model is loaded in, and batches of nothing.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected a number from 1 on, got {batch_size}")
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,93 @@
+"""Whatever is asked for wrongly: exit code 2, a line or two, no traceback, nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llmcompressor")
+
+from typer.testing import CliRunner
+
+from moeq_plugin.cli import app
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+MODEL = str(ASSETS / "tiny_moe")
+W4 = ("--scheme", "W4A16")
+RECIPES = {
+    "bad.yaml": "a: [",
+    "unknown.yaml": "s_stage:\n  s_modifiers:\n    NoModifier: {}\n",
+    "field.yaml": "s_stage:\n  s_modifiers:\n    MoEQuantModifier: {affinty_power: 1}\n",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"def main(): return {number}"} for number in range(20)]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("columns.jsonl").write_text('{"question": "a"}\n')
+    Path("empty.jsonl").write_text("")
+    Path("sheet.xlsx").write_text("PK")
+    Path("a_folder").mkdir()
+    for name, text in RECIPES.items():
+        Path(name).write_text(text)
+    return tmp_path
+
+
+def quantize(*arguments, data="data.jsonl"):
+    return ["quantize", MODEL, "out", *arguments, "--dataset", data, "--max-seq-length", "64"]
+
+
+WRONG = [
+    (quantize("--scheme", "int4"), "did you mean W4A16"),
+    (quantize(*W4, "--target", "foo"), "target: expected 'vllm', 'gguf'"),
+    (quantize(*W4, "--preset", "quick"), "preset: expected 'fast'"),
+    (quantize(*W4, "--affinity-power", "-1"), "affinity_power: expected greater than"),
+    (quantize(*W4, "--weight-observer", "nope"), "--weight-observer: expected one of"),
+    (quantize(*W4, "--dtype", "float31"), "--dtype: expected one of"),
+    (quantize(*W4, "--batch-size", "0"), "--batch-size: expected a number"),
+    (quantize(*W4, "--num-calibration-samples", "0"), "0 were asked for"),
+    ([*quantize(*W4)[:-1], "-5"], "max_seq_length is -5"),
+    (quantize(*W4, "--option", "W3A16"), "--option is for a budget"),
+    (quantize(*W4, "--size-gb", "3"), "exactly one of"),
+    (quantize("--bits-per-weight", "0.5"), "0.5 is too small"),
+    (quantize("--recipe", "bad.yaml"), "is not a recipe"),
+    (quantize("--recipe", "unknown.yaml"), "NoModifier"),
+    (quantize("--recipe", "field.yaml"), "affinty_power"),
+    (quantize("--recipe", "field.yaml", "--seed", "3"), "--seed is a line of the recipe"),
+    (quantize("--recipe", "none.yaml"), "none.yaml"),
+    (quantize(*W4, data="columns.jsonl"), "the columns question"),
+    (quantize(*W4, data="empty.jsonl"), "it has no row"),
+    (quantize(*W4, data="sheet.xlsx"), "'.xlsx' are not read"),
+    (quantize(*W4, data="a_folder"), "no `save_to_disk` wrote"),
+    (quantize(*W4, data="data.jsonl:0"), "must be positive"),
+    (quantize(*W4, data="nobody/nothing"), "nobody/nothing cannot be read"),
+    (["quantize", "a_folder", "out", *W4], "holds no config.json"),
+    (["plan", MODEL, "--scheme", "int4"], "'int4' is not a scheme"),
+    (["plan", MODEL, "--tp", "0"], "tp must be at least 1"),
+    (["verify", MODEL, "--target", "x"], "target must be one of"),
+    (["convert", MODEL, "out", "--to", "foo"], "unknown format 'foo'"),
+    (["sample", MODEL, "set.jsonl", "--num-sequences", "0"], "num_sequences must be at least 1"),
+    (["report", "a_folder"], "neither moeq_run.json nor config.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[" ".join(a[2:6]) for a, _ in WRONG])
+def test_it_is_a_line_and_exit_code_2(arguments, said, here):
+    before = sorted(path.name for path in here.iterdir())
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("calibrating on ")]
+    assert said in lines[0]
+    assert lines[0].startswith(f"moeq {arguments[0]}: ")
+    assert len(lines) <= 2
+    assert "pydantic" not in done.output and "Traceback" not in done.output
+    assert done.stdout == ""
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_a_run_that_starved_says_so(here):
+    done = CliRunner().invoke(app, quantize(*W4))
+    assert done.exit_code == 0, done.output
+    assert "208 of 208 linears saw too few tokens of their own" in done.stderr
