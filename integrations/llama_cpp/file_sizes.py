@@ -10,6 +10,9 @@ from moeq_plugin.integrations.llama_cpp.tensor_names import gguf_package
 
 # llama-quantize writes both into every file
 _ALWAYS: Mapping[str, str | int] = {"general.quantization_version": 0, "general.file_type": 0}
+# of matrices, what llama-quantize leaves as it is in every family
+_KEPT = ("_norm.weight", "ffn_gate_inp.weight")
+_LISTED = 3
 _LONGEST = 127  # bytes that llama.cpp keeps of a string
 
 
@@ -20,9 +23,25 @@ def file_size(source: Path, types: Mapping[str, str], added: Mapping[str, str | 
         source: the file that it will read.
         types: of the tensors that it will quantize; all others stay what they are.
         added: what it will add to the metadata, beside what it always does.
+
+    Raises:
+        ValueError: if it is no file of llama.cpp, or has matrices that ``types`` does not name.
     """
     gguf = gguf_package()
-    reader = gguf.GGUFReader(source)
+    try:
+        reader = gguf.GGUFReader(source)
+    except (ValueError, OSError, IndexError) as error:
+        raise ValueError(f"{source} is not a file of llama.cpp: {error}") from error
+    unnamed = [
+        tensor.name
+        for tensor in reader.tensors
+        if len(tensor.shape) > 1 and tensor.name not in types and not tensor.name.endswith(_KEPT)
+    ]
+    if unnamed:
+        raise ValueError(
+            f"{source} has {len(unnamed)} matrices whose type is left to llama.cpp, such as "
+            f"{', '.join(unnamed[:_LISTED])}: the size of its file is not known"
+        )
     last = reader.tensors[-1].field
     header = last.offset + sum(part.nbytes for part in last.parts)
     for key, value in {**_ALWAYS, **added}.items():

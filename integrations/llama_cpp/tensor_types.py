@@ -25,6 +25,11 @@ EMBEDDINGS = ("token_embd.weight", "output.weight")
 class TensorType(Option):
     """One of llama.cpp's types for the weights of a linear; it is no scheme of the host."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Tell that weights are rounded, by llama.cpp and not by a scheme of the host."""
+        return False
+
     def fits(self, linear: nn.Linear) -> bool:
         """Tell whether the type's blocks divide the linear's input columns."""
         return linear.weight.shape[1] % block_of(self.name)[0] == 0

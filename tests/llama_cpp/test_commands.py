@@ -184,3 +184,27 @@ def test_experts_of_one_tensor_have_one_type(tmp_path):
     assert chosen_types(dict.fromkeys(experts, "Q4_0"), tensors) == {
         "blk.0.ffn_up_exps.weight": "Q4_0"
     }
+
+
+def test_a_size_that_llama_cpp_decides_about_is_not_predicted(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from moeq_plugin.integrations.llama_cpp.file_sizes import file_size
+
+    source = tmp_path / "source.gguf"
+    writer = gguf.GGUFWriter(source, "deepseek2")
+    for name in ("token_embd", "blk.0.ffn_gate_inp", "blk.0.attn_k_b"):
+        writer.add_tensor(f"{name}.weight", np.ones((4, 32), dtype=np.float16))
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    types = {"token_embd.weight": "Q8_0"}
+    with pytest.raises(ValueError, match=r"1 matrices .* blk\.0\.attn_k_b\.weight"):
+        file_size(source, types, {})
+    smaller = file_size(source, {**types, "blk.0.attn_k_b.weight": "Q4_0"}, {})
+    larger = file_size(source, {**types, "blk.0.attn_k_b.weight": "Q8_0"}, {})
+    assert larger - smaller == 64  # 4 blocks of 34 and of 18 bytes, to a multiple of 32
+    (tmp_path / "text").write_text("no such file")
+    with pytest.raises(ValueError, match="not a file of llama"):
+        file_size(tmp_path / "text", types, {})
