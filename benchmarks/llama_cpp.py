@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -51,26 +52,35 @@ from moeq_plugin.integrations.llama_cpp.type_files import (
 from moeq_plugin.models.evaluation import evaluate
 
 RESULT = Path(__file__).parent / "results" / "llama_cpp.json"
-# enough text for every expert, and so little that some see hardly any of it
-SEQUENCES, LENGTH, HELDOUT = (64, 2), 256, 32
+# sequences and tokens of each: enough text for every expert, and so little that some see none
+CALIBRATION = ((64, 256), (1, 64))
+LENGTH, HELDOUT = 256, 32
 # no type below 4 bits fits 128 columns, which is what the shipped model has
 TYPES = {
     "tiny_moe": (("Q4_0", "IQ4_NL", "Q4_1"), ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
-    "moe_small": (("Q2_K", "IQ2_S", "Q3_K", "IQ3_S", "Q2_K_S", "Q3_K_M"), DEFAULT_TYPES),
+    "moe_small": (
+        ("Q2_K", "IQ2_S", "IQ3_S", "Q3_K_M mixture", "Q3_K"),
+        DEFAULT_TYPES,
+    ),
 }
-MIXTURES = ("Q2_K_S", "Q3_K_M")
-# what the program calls a file of one type, where its name is that of a mixture
+MIXTURE = " mixture"  # of types, by llama.cpp's rules: what its users get by default
+# what the program calls a file whose tensors have all their types from us
 FILE_TYPES = {"Q3_K": "Q3_K_S", "IQ2_S": "IQ2_M"}
-NEED_MATRIX = ("IQ2_S", "Q2_K_S")
+NEED_MATRIX = ("IQ2_S",)
+# which of them are also quantized after hardly any text
+SCARCE = ("Q4_0", "Q2_K", "IQ2_S")
 NO_MATRIX, THEIRS, OURS, ALLOCATED = "none", "llama.cpp's", "ours", "ours, types allocated"
 
 
 class Case:
     """One model on one draw of calibration text."""
 
-    def __init__(self, corpus: Corpus, seed: int, sequences: int, directory: Path) -> None:
-        self.corpus, self.seed, self.sequences = corpus, seed, sequences
+    def __init__(
+        self, corpus: Corpus, seed: int, calibration: tuple[int, int], directory: Path
+    ) -> None:
+        self.corpus, self.seed, self.calibration = corpus, seed, calibration
         self.directory = directory
+        self._allocated: dict[frozenset[tuple[str, str]], dict[str, object]] = {}
         self.source = directory / "source.gguf"
         write_gguf(corpus.model, self.source)
 
@@ -97,33 +107,44 @@ class Case:
 
         A mixture is llama.cpp's own choice of types, ``None`` here.
         """
-        is_mixture = name in MIXTURES
-        uniform = None if is_mixture else dict.fromkeys(self._tensors.values(), name)
-        for matrix in (NO_MATRIX, THEIRS, OURS):
-            if matrix != NO_MATRIX or name not in NEED_MATRIX:
-                yield matrix, uniform
-        if self.sequences == max(SEQUENCES):
+        uniform = dict.fromkeys(self._tensors.values(), name)
+        types = None if name.endswith(MIXTURE) else uniform
+        is_plenty = self.calibration == CALIBRATION[0]
+        if is_plenty and self.seed == 0 and name not in NEED_MATRIX:  # no data, no seed
+            yield NO_MATRIX, types
+        if is_plenty or name in SCARCE:
+            yield THEIRS, types
+            yield OURS, types
+        if is_plenty:
             found = allocate_bits(self.table, self._budget(name), target="gguf")
             yield ALLOCATED, chosen_types(found.choice, self._tensors)
 
     def run(self, matrix: str, name: str, types: Mapping[str, str] | None) -> dict[str, object]:
         """Quantize with llama.cpp and measure."""
         used = self.matrices[OURS if matrix == ALLOCATED else matrix]
+        if matrix == ALLOCATED:  # types of the same size get the same choice
+            chosen = frozenset((types or {}).items())
+            known = self._allocated.setdefault(chosen, {})
+            if known:
+                return {**known, "bytes_of": name}
         out = self.write(used, name, types)
         result = evaluate(self._quantized(out), self._reference, self._heldout)
-        return {
+        found = {
             "model": self.corpus.name,
             "seed": self.seed,
-            "tokens": self.sequences * LENGTH,
-            "bytes_of": f"{name} mixture" if name in MIXTURES else name,
+            "tokens": math.prod(self.calibration),
+            "bytes_of": name,
             "matrix": matrix,
             "file_bytes": out.stat().st_size,
             "types": dict(Counter(self._types_in(out).values())),
-            "borrowed": 0 if used is None else len(used.borrowed),
+            "few_tokens": 0 if used is None else len(used.borrowed),
             "kl": result.kl,
             "perplexity": result.perplexity,
             "reference_perplexity": result.reference_perplexity,
         }
+        if matrix == ALLOCATED:
+            known |= found
+        return found
 
     def write(
         self, matrix: ImportanceMatrix | None, name: str, types: Mapping[str, str] | None
@@ -142,14 +163,15 @@ class Case:
             write_matrix(path, matrix)
             arguments += ["--imatrix", path]
             added = matrix_pairs(str(path), matrix.dataset, len(matrix.tensors), matrix.num_chunks)
-        quantize(self.source, out, FILE_TYPES.get(name, name), *arguments)
+        file_type = FILE_TYPES.get(name, name.removesuffix(MIXTURE))
+        quantize(self.source, out, file_type, *arguments)
         if types is not None:
             predicted = file_size(self.source, with_embeddings(types, width), added)
             assert predicted == out.stat().st_size, (predicted, out.stat().st_size)
         return out
 
     def _budget(self, name: str) -> BitBudget:
-        if name not in MIXTURES:
+        if not name.endswith(MIXTURE):
             columns, num_bytes = block_of(name)
             return BitBudget(bits_per_weight=8 * num_bytes / columns)
         types = self._types_in(self.write(self.matrices[THEIRS], name, None))
@@ -185,12 +207,13 @@ class Case:
         return model
 
     def _calibrate(self, modifier: ImportanceModifier | TypeSensitivityModifier) -> None:
+        sequences, length = self.calibration
         oneshot(
             model=AutoModelForCausalLM.from_pretrained(self.corpus.model, dtype=torch.float32),
             recipe=modifier,
-            dataset=self.corpus.calibration_set(self.sequences, LENGTH, self.seed),
-            num_calibration_samples=self.sequences,
-            max_seq_length=LENGTH,
+            dataset=self.corpus.calibration_set(sequences, length, self.seed),
+            num_calibration_samples=sequences,
+            max_seq_length=length,
             batch_size=8,
         )
 
@@ -203,7 +226,7 @@ def _without_borrowing(matrix: ImportanceMatrix, tensors: Mapping[str, str]) -> 
         borrowed = np.array([module in matrix.borrowed for module in members])
         rows = np.where(borrowed[:, None], 1, of.mean_squares).astype(np.float32)
         found[name] = replace(of, mean_squares=rows)
-    return replace(matrix, tensors=found, borrowed=())
+    return replace(matrix, tensors=found)
 
 
 def main() -> None:
@@ -216,16 +239,15 @@ def main() -> None:
     os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"  # its library lies there
     runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
     done = {(r["model"], r["seed"], r["tokens"], r["bytes_of"], r["matrix"]) for r in runs}
-    cases = itertools.product(range(arguments.seeds), SEQUENCES, corpora())
-    for seed, sequences, corpus in cases:
+    cases = itertools.product(range(arguments.seeds), CALIBRATION, corpora())
+    for seed, calibration, corpus in cases:
         if corpus.name not in arguments.models:
             continue
         with tempfile.TemporaryDirectory() as directory:
-            case = Case(corpus, seed, sequences, Path(directory))
+            case = Case(corpus, seed, calibration, Path(directory))
             for name in TYPES[corpus.name][0]:
-                label = f"{name} mixture" if name in MIXTURES else name
                 for matrix, types in case.files(name):
-                    if (corpus.name, seed, sequences * LENGTH, label, matrix) in done:
+                    if (corpus.name, seed, math.prod(calibration), name, matrix) in done:
                         continue
                     began = time.monotonic()
                     runs.append(case.run(matrix, name, types))

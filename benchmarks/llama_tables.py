@@ -9,7 +9,7 @@ from pathlib import Path
 from seeds import change
 
 RESULT = Path(__file__).parent / "results" / "llama_cpp.json"
-BASELINE = "llama.cpp's"
+NO_MATRIX, BASELINE = "none", "llama.cpp's"
 
 
 def llama_files() -> str:
@@ -22,6 +22,7 @@ def llama_files() -> str:
     ]
     rows = dict.fromkeys((run["model"], run["tokens"], run["bytes_of"]) for run in runs)
     for row in rows:
+        model, tokens, type_name = row
         found = {
             (run["matrix"], run["seed"]): run["kl"]
             for run in runs
@@ -33,12 +34,12 @@ def llama_files() -> str:
             values = [found[column, seed] for seed in seeds if (column, seed) in found]
             base = [found[BASELINE, seed] for seed in seeds if (BASELINE, seed) in found]
             if not values:
-                cells.append("refused" if column == columns[0] else "")
+                is_refused = column == NO_MATRIX and type_name.startswith("IQ2")
+                cells.append("refused" if is_refused else "")
                 continue
             paired = len(values) == len(base) > 1 and column != BASELINE
             against = f" ({change(values, base)})" if paired else ""
             cells.append(f"{statistics.mean(values):.5f}{against}")
-        model, tokens, type_name = row
         text = " | ".join([f"{model}, {tokens}", type_name, str(len(seeds)), *cells])
         lines.append(f"| {text} |")
     return "\n".join(lines) + "\n"

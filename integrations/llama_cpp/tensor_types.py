@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from moeq_plugin.integrations.llama_cpp.ggml import block_of
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 
-DEFAULT_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_S", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+DEFAULT_TYPES = (
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K"),
+    *("IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
+)
 # what llama-quantize itself gives token embeddings that are the output as well, where it fits
 _EMBEDDING, _NARROW_EMBEDDING = "Q6_K", "Q8_0"
 EMBEDDINGS = ("token_embd.weight", "output.weight")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moeq_plugin.integrations.llama_cpp.tensor_types import EMBEDDINGS, embedding_type
+from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
 def chosen_types(choice: Mapping[str, str], tensors: Mapping[str, str]) -> dict[str, str]:
@@ -47,7 +48,7 @@ def read_types(path: Path) -> dict[str, str]:
         ValueError: if a line is something else.
     """
     found = {}
-    for line in path.read_text().split():
+    for line in read_text(path, MAX_CONFIG_BYTES).split():
         parts = re.fullmatch(r"\^(\S+)\$=(\w+)", line)
         if parts is None:
             raise ValueError(f"{path}: expected ^NAME$=TYPE, got {line!r}")
