@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -102,27 +102,27 @@ class Case:
         self._calibrate(modifier)
         return modifier.table
 
-    def files(self, name: str) -> Iterator[tuple[str, Mapping[str, str] | None]]:
-        """Yield what to quantize to the bytes of a type or of a mixture: matrix, and types.
+    def pairs(self, is_allocated: bool) -> list[tuple[str, str]]:
+        """Return what to run: the bytes of which type, and what makes the file."""
+        return [
+            (name, matrix)
+            for name in TYPES[self.corpus.name][0]
+            for matrix in self._columns(name)
+            if (matrix == ALLOCATED) == is_allocated
+        ]
 
-        A mixture is llama.cpp's own choice of types, ``None`` here.
-        """
-        uniform = dict.fromkeys(self._tensors.values(), name)
-        types = None if name.endswith(MIXTURE) else uniform
-        is_plenty = self.calibration == CALIBRATION[0]
-        if is_plenty and self.seed == 0 and name not in NEED_MATRIX:  # no data, no seed
-            yield NO_MATRIX, types
-        if is_plenty or name in SCARCE:
-            yield THEIRS, types
-            yield OURS, types
-        if is_plenty:
-            found = allocate_bits(self.table, self._budget(name), target="gguf")
-            yield ALLOCATED, chosen_types(found.choice, self._tensors)
+    def _columns(self, name: str) -> list[str]:
+        if self.calibration != CALIBRATION[0]:
+            return [THEIRS, OURS] if name in SCARCE else []
+        # without a matrix there are no data, and seeds do not differ
+        needs_none = self.seed == 0 and name not in NEED_MATRIX
+        return [*([NO_MATRIX] if needs_none else []), THEIRS, OURS, ALLOCATED]
 
-    def run(self, matrix: str, name: str, types: Mapping[str, str] | None) -> dict[str, object]:
+    def run(self, matrix: str, name: str) -> dict[str, object]:
         """Quantize with llama.cpp and measure."""
         used = self.matrices[OURS if matrix == ALLOCATED else matrix]
-        if matrix == ALLOCATED:  # types of the same size get the same choice
+        types = self._types(matrix, name)
+        if matrix == ALLOCATED:  # of the same size: the same choice, and the same file
             chosen = frozenset((types or {}).items())
             known = self._allocated.setdefault(chosen, {})
             if known:
@@ -169,6 +169,13 @@ class Case:
             predicted = file_size(self.source, with_embeddings(types, width), added)
             assert predicted == out.stat().st_size, (predicted, out.stat().st_size)
         return out
+
+    def _types(self, matrix: str, name: str) -> dict[str, str] | None:
+        """Return the type of each tensor, ``None`` for a mixture, which llama.cpp chooses."""
+        if matrix == ALLOCATED:
+            found = allocate_bits(self.table, self._budget(name), target="gguf")
+            return chosen_types(found.choice, self._tensors)
+        return None if name.endswith(MIXTURE) else dict.fromkeys(self._tensors.values(), name)
 
     def _budget(self, name: str) -> BitBudget:
         if not name.endswith(MIXTURE):
@@ -239,21 +246,21 @@ def main() -> None:
     os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"  # its library lies there
     runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
     done = {(r["model"], r["seed"], r["tokens"], r["bytes_of"], r["matrix"]) for r in runs}
-    cases = itertools.product(range(arguments.seeds), CALIBRATION, corpora())
-    for seed, calibration, corpus in cases:
+    # what needs no table first, for all seeds: measuring one takes longest
+    cases = itertools.product((False, True), range(arguments.seeds), CALIBRATION, corpora())
+    for is_allocated, seed, calibration, corpus in cases:
         if corpus.name not in arguments.models:
             continue
         with tempfile.TemporaryDirectory() as directory:
             case = Case(corpus, seed, calibration, Path(directory))
-            for name in TYPES[corpus.name][0]:
-                for matrix, types in case.files(name):
-                    if (corpus.name, seed, math.prod(calibration), name, matrix) in done:
-                        continue
-                    began = time.monotonic()
-                    runs.append(case.run(matrix, name, types))
-                    print(f"{time.monotonic() - began:.0f} s: {runs[-1]}", flush=True)
-                    content = {"length": LENGTH, "heldout": HELDOUT, "runs": runs}
-                    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+            for name, matrix in case.pairs(is_allocated):
+                if (corpus.name, seed, math.prod(calibration), name, matrix) in done:
+                    continue
+                began = time.monotonic()
+                runs.append(case.run(matrix, name))
+                print(f"{time.monotonic() - began:.0f} s: {runs[-1]}", flush=True)
+                content = {"length": LENGTH, "heldout": HELDOUT, "runs": runs}
+                arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
