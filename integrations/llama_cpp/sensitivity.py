@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llama_cpp.column_importance import column_mean_squares
 from moeq_plugin.integrations.llama_cpp.ggml import dequantize, quantize
 from moeq_plugin.integrations.llama_cpp.tensor_types import (
@@ -54,7 +55,8 @@ class TypeSensitivityModifier(SensitivityModifier):
         )
 
     def _trial_rounding(self, outputs: OutputMoments | None) -> TrialRounding:
-        return _TypeRounding(**vars(super()._trial_rounding(outputs)))
+        # llama.cpp rounds: nothing that our solver is told has a say
+        return _TypeRounding(self.min_effective_tokens, self.shrinkage, SolverOptions(), outputs)
 
 
 class _TypeRounding(TrialRounding):
