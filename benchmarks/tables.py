@@ -18,6 +18,7 @@ from pathlib import Path
 from ablation_tables import ablation, effects
 from domain_tables import calibration_sets
 from ingredient_tables import ingredients
+from llama_tables import llama_files
 from peer_figure import figure
 from peer_tables import costs, losses
 from seeds import change, error
@@ -31,6 +32,7 @@ HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, 
 def main() -> None:
     pages = {
         "README.md": {"losses": losses},
+        "docs/llama_cpp.md": {"llama_files": llama_files},
         "docs/results.md": {
             "quality": quality,
             "speed": speed,

@@ -6,11 +6,13 @@ Frameworks are imported inside the commands, so help is instant.
 from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
     convert,
     evaluate,
+    imatrix,
     inspect,
     plan,
     quantize,
     report,
     sample,
+    tensor_types,
     verify,
 )
 from moeq_plugin.cli.shared import app, help_without_sections

@@ -101,6 +101,19 @@ def load_weights(
         )
 
 
+def load_text_config(model: str, *, trust_remote_code: bool) -> Any:
+    """Return the configuration of a model, directory or id, of the part that reads text.
+
+    Raises:
+        ValueError: if it cannot be loaded, whatever the reason.
+    """
+    from transformers import AutoConfig
+
+    with loading(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return config.get_text_config()
+
+
 def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None = None) -> Any:
     """Return the tokenizer of a model, directory or id.
 

@@ -83,6 +83,8 @@ RULES: dict[str, Rule] = {
         HOST | words("safetensors datasets optimum"),
         OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
     ),
+    # likewise: llama.cpp's matrices and types are measured in llm-compressor's pass
+    "integrations/llama_cpp": Rule(HOST | words("gguf"), OURS_BELOW | {LLM_COMPRESSOR}),
     "integrations/optimum_cli": Rule(
         words("optimum transformers"), words("files untrusted models integrations/hf")
     ),
@@ -179,6 +181,8 @@ def test_a_foreign_import_is_found_in_every_module_that_may_not_have_it(package)
         (f"{LLM_COMPRESSOR}/solving", "import moeq_plugin.rwkv.layers"),
         (f"{LLM_COMPRESSOR}/solving", "from moeq_plugin.cli import shared"),
         ("integrations/hf/coverage", "import moeq_plugin.cli.convert"),
+        (f"{LLM_COMPRESSOR}/solving", "import moeq_plugin.integrations.llama_cpp.ggml"),
+        (f"{LLM_COMPRESSOR}/solving", "import gguf"),
         ("integrations/optimum_cli/moeq", "from moeq_plugin.cli.shared import read_dataset"),
         ("integrations/optimum_cli/moeq", "from moeq_plugin.integrations import llm_compressor"),
     ],

@@ -153,7 +153,7 @@ class Measurement:
         rounded: dict[nn.Linear, list[torch.Tensor]] = {}
         for index, option in enumerate(self._choices.options):
             # 16 bits lose nothing; what does not fit keeps the infinity that it was expected with
-            if option.scheme is None:
+            if option.is_exact:
                 for linear in called:
                     self._losses.put(linear, index, 0.0)
             for linear, difference in self._rounding.differences(option, moments):
@@ -193,4 +193,4 @@ class Measurement:
 
     def _num_roundings(self, linear: nn.Linear) -> int:
         options = self._choices.options
-        return len([o for o in options if o.scheme is not None and o.fits(linear)])
+        return len([o for o in options if not o.is_exact and o.fits(linear)])

@@ -44,6 +44,11 @@ class Option:
     name: str
     scheme: QuantizationScheme | None
 
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether weights stay what they are."""
+        return self.scheme is None
+
     def fits(self, linear: nn.Linear) -> bool:
         """Tell whether the groups divide the linear's input columns."""
         args = self.scheme.weights if self.scheme is not None else None

@@ -18,6 +18,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from moeq_plugin.core.sensitivity import SensitivityTable
 from moeq_plugin.integrations.llm_compressor import preflight
@@ -124,14 +125,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         if self.row_feedback:
             preflight.check_backward_pass(state.model)
         self._layers = linear_moe_layers(state.model)
-        self._choices = Choices.of(
-            state.model,
-            self._layers,
-            options=self.options,
-            targets=self.targets,
-            ignore=self.ignore,
-            weight_observer=self.weight_observer,
-        )
+        self._choices = self._find_choices(state.model)
         self._choices.check_fit()
         return True
 
@@ -182,20 +176,32 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
             weight_gate_proj=self.weight_gate_proj,
             seed=self.seed,
         )
-        rounding = TrialRounding(
-            min_effective_tokens=self.min_effective_tokens,
-            shrinkage=self.shrinkage,
-            solver=self.solver_options(),
-            outputs=outputs,
-        )
         return Measurement(
             self._choices,
             halves,
-            rounding,
+            self._trial_rounding(outputs),
             Interactions(self._layers if self.config.interactions else ()),
             row_weights,
             undercovered_tokens=self.config.undercovered_tokens,
             kept=self._kept.layers if self._kept is not None else None,
+        )
+
+    def _find_choices(self, model: PreTrainedModel) -> Choices:
+        return Choices.of(
+            model,
+            self._layers,
+            options=self.options,
+            targets=self.targets,
+            ignore=self.ignore,
+            weight_observer=self.weight_observer,
+        )
+
+    def _trial_rounding(self, outputs: OutputMoments | None) -> TrialRounding:
+        return TrialRounding(
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+            solver=self.solver_options(),
+            outputs=outputs,
         )
 
     def _output_moments(self, state: State) -> OutputMoments:

@@ -1,0 +1,1 @@
+"""What llama.cpp quantizes with: importance matrices and the types of tensors."""

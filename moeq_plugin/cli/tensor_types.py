@@ -1,0 +1,106 @@
+"""``moeq tensor-types``: which type of llama.cpp every tensor gets within a budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeq_plugin.cli.data import Data
+from moeq_plugin.cli.loading import TrustRemoteCode, load_text_config, run_oneshot
+from moeq_plugin.cli.shared import app, errors, say
+
+if TYPE_CHECKING:
+    from moeq_plugin.core.sensitivity import SensitivityTable
+
+
+@app.command()
+def tensor_types(
+    model: Annotated[str, typer.Argument(help="model directory or id")],
+    out: Annotated[Path, typer.Argument(help="file for `llama-quantize --tensor-type-file`")],
+    bits_per_weight: Annotated[float, typer.Option(help="of all tensors that are allocated to")],
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="table to allocate by; measured and kept if not there")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="type to choose from, such as Q3_K or IQ2_S")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="the model in 16 bit, to predict the size of the file")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
+    ] = None,
+    num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
+    max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Choose a type of llama.cpp for every tensor: the least loss within a budget.
+
+    Raises:
+        typer.Exit: with code 2 if the request cannot be met.
+    """
+    with errors("tensor-types"):
+        from moeq_plugin.core.allocation import BitBudget, allocate_bits
+        from moeq_plugin.core.sensitivity import SensitivityTable
+        from moeq_plugin.files.atomic import write_whole
+        from moeq_plugin.files.places import check_new_file, check_places
+        from moeq_plugin.integrations.llama_cpp.file_sizes import file_size
+        from moeq_plugin.integrations.llama_cpp.tensor_names import gguf_package, tensor_names
+        from moeq_plugin.integrations.llama_cpp.type_files import (
+            chosen_types,
+            read_types,
+            with_embeddings,
+            write_types,
+        )
+
+        gguf_package()
+        reads = {"MODEL": Path(model), "--dataset": dataset, "--gguf": gguf}
+        check_places(reads=reads, makes={"OUT": out, "--sensitivity": sensitivity})
+        check_new_file("OUT", out, read_types)
+        config = load_text_config(model, trust_remote_code=trust_remote_code)
+        if sensitivity is not None and sensitivity.exists():
+            table = SensitivityTable.load(sensitivity)
+        else:
+            check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
+            data = Data(dataset, num_calibration_samples, max_seq_length)
+            table = _measure(model, data, option, trust_remote_code)
+            if sensitivity is not None:
+                write_whole(sensitivity, table.save)
+        found = allocate_bits(table, BitBudget(bits_per_weight=bits_per_weight), target="gguf")
+        names = tensor_names(found.choice, config.model_type, config.num_hidden_layers)
+        types = with_embeddings(chosen_types(found.choice, names), config.hidden_size)
+        write_whole(out, lambda path: write_types(path, types))
+        counts = Counter(types.values())
+        say(
+            f"{out}: {found.bits_per_weight:.4f} bits per weight, predicted loss "
+            f"{found.value:.4g}; {', '.join(f'{n} {t}' for t, n in sorted(counts.items()))}"
+        )
+        if gguf is None:
+            say(f"tensors take {found.num_bytes + table.fixed_bytes} bytes")
+        else:
+            say(f"without a matrix the file will have {file_size(gguf, types, {})} bytes")
+
+
+def _measure(
+    model: str, data: Data, options: list[str] | None, trust_remote_code: bool
+) -> SensitivityTable:
+    from moeq_plugin.files.datasets import read_dataset
+    from moeq_plugin.integrations.llama_cpp.ggml import check_library
+    from moeq_plugin.integrations.llama_cpp.sensitivity import TypeSensitivityModifier
+    from moeq_plugin.integrations.llama_cpp.tensor_types import parse_types
+
+    modifier = TypeSensitivityModifier(options=options) if options else TypeSensitivityModifier()
+    parse_types(modifier.options)  # before minutes go into loading the model
+    check_library()
+    run_oneshot(
+        model,
+        modifier,
+        trust_remote_code=trust_remote_code,
+        dataset="ebss" if data.path is None else read_dataset(data.path, data.num_sequences),
+        num_calibration_samples=128 if data.path is None else data.num_sequences,
+        max_seq_length=512 if data.path is None else data.seq_len,
+    )
+    return modifier.table
