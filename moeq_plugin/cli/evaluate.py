@@ -43,7 +43,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="file of predictions of BASE, written if it is not there: the two models are then "
-            "never in memory together; KL counts its 512 likeliest tokens and the rest as one"
+            "never in memory together; KL counts 512 tokens and the rest in 512 groups"
         ),
     ] = None,
     device_map: Annotated[

@@ -1,8 +1,8 @@
 """What a model predicts, kept so that it need not be in memory beside the one compared with it.
 
-At every position its likeliest tokens are kept and the mass of all others in one number. The KL
-divergence over that partition is never more than the true one, and equal to it where the likeliest
-tokens are the whole vocabulary.
+At every position its likeliest tokens are kept one by one, and the mass of all others by what is
+left when their number is divided by that of the groups. The KL divergence over that partition is
+never more than the true one, and equal to it where no group has two tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from moeq_plugin.models.evaluation import CHUNK, Distances, Evaluation, device_of, summarize
 
-TOP_K = 512
+TOP_K, GROUPS = 512, 512
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Predictions:
     Attributes:
         top: ``[sequences, tokens - 1, k]`` ids of the likeliest tokens, the likeliest first.
         log_probs: their log-probabilities, likewise.
-        log_rest: ``[sequences, tokens - 1]``, log of the mass of all other tokens.
-        nll: of the token that follows, likewise.
+        log_rest: ``[sequences, tokens - 1, groups]``, log of the mass of the other tokens of each
+            group, those whose ids leave the same when divided by the number of groups.
+        nll: ``[sequences, tokens - 1]``, of the token that follows.
     """
 
     top: torch.Tensor
@@ -36,13 +37,16 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, sequences: Iterable[torch.Tensor], k: int = TOP_K) -> Predictions:
+def predict(
+    model: nn.Module, sequences: Iterable[torch.Tensor], k: int = TOP_K, groups: int = GROUPS
+) -> Predictions:
     """Return what a causal language model predicts.
 
     Args:
         model: called with ``[batch, sequence]`` token ids, returns an object with ``logits``.
         sequences: ``[batch, sequence]`` token ids, all of one length, nothing padded.
         k: tokens that are kept at each position, at most.
+        groups: that all others are divided into.
 
     Raises:
         ValueError: if there is no sequence.
@@ -50,13 +54,13 @@ def predict(model: nn.Module, sequences: Iterable[torch.Tensor], k: int = TOP_K)
     rows: list[list[torch.Tensor]] = []
     for ids in sequences:
         logits = model(input_ids=ids.to(device_of(model))).logits
-        rows += [_kept(*of, k) for of in zip(logits, ids, strict=True)]
+        rows += [_kept(*of, k, groups) for of in zip(logits, ids, strict=True)]
     if not rows:
         raise ValueError("expected at least one sequence, got none")
     return Predictions(*(torch.stack(of) for of in zip(*rows, strict=True)))
 
 
-def _kept(logits: torch.Tensor, ids: torch.Tensor, k: int) -> list[torch.Tensor]:
+def _kept(logits: torch.Tensor, ids: torch.Tensor, k: int, groups: int) -> list[torch.Tensor]:
     """Return what is kept of one sequence, in the order of :class:`Predictions`."""
     parts: list[list[torch.Tensor]] = []
     for tokens in _chunks(len(ids)):
@@ -64,7 +68,7 @@ def _kept(logits: torch.Tensor, ids: torch.Tensor, k: int) -> list[torch.Tensor]
         best, top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         target = ids[1:][tokens, None].to(log_probs.device)
         parts.append(
-            [top.int(), best, _log_rest(log_probs, top), -log_probs.gather(1, target)[:, 0]]
+            [top.int(), best, _log_rest(log_probs, top, groups), -log_probs.gather(1, target)[:, 0]]
         )
     return [torch.cat(of).cpu() for of in zip(*parts, strict=True)]
 
@@ -74,9 +78,12 @@ def _chunks(num_tokens: int) -> Iterable[slice]:
         yield slice(start, min(start + CHUNK, num_tokens - 1))
 
 
-def _log_rest(log_probs: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Return the log of the mass of all tokens but ``top``; added up, as 1 - x would be noise."""
-    return log_probs.scatter(1, top, -torch.inf).logsumexp(-1)
+def _log_rest(log_probs: torch.Tensor, top: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the log of the mass of each group without ``top``; added up, as 1 - x is noise."""
+    others = log_probs.scatter(1, top, -torch.inf)
+    missing = -others.shape[-1] % groups
+    padded = nn.functional.pad(others, (0, missing), value=-torch.inf)
+    return padded.view(len(others), -1, groups).logsumexp(1)
 
 
 @torch.no_grad()
@@ -112,8 +119,9 @@ def _distances(stored: Predictions, row: int, logits: torch.Tensor, ids: torch.T
         ours = logits[tokens].float().log_softmax(-1)
         top = stored.top[row, tokens].long().to(ours.device)
         theirs = stored.log_probs[row, tokens].to(ours.device)
-        rest, our_rest = stored.log_rest[row, tokens].to(ours.device), _log_rest(ours, top)
-        of_rest = torch.where(rest.isfinite(), rest.exp() * (rest - our_rest), 0.0)
+        rest = stored.log_rest[row, tokens].to(ours.device)
+        our_rest = _log_rest(ours, top, rest.shape[-1])
+        of_rest = torch.where(rest.isfinite(), rest.exp() * (rest - our_rest), 0.0).sum(-1)
         target = ids[1:][tokens, None].to(ours.device)
         parts.append([
             -ours.gather(1, target)[:, 0],

@@ -168,6 +168,8 @@ def _fallbacks(linears: Sequence[LinearRecord]) -> Table:
     )
     rows = [[x.name, IN_WORDS[x.basis], number(x.effective_tokens)] for x in weak[:_MAX_ROWS]]
     more = f", the worst {_MAX_ROWS} of them" if len(weak) > _MAX_ROWS else ""
-    caption = f"{len(weak)} linears on a fallback{more}" if weak else "No linear on a fallback"
+    caption = "Every linear rests on tokens of its own"
+    if weak:
+        caption = f"{len(weak)} linears without enough tokens of their own{more}"
     marked = frozenset(i for i, x in enumerate(weak[:_MAX_ROWS]) if x.basis is Basis.NONE)
-    return Table(caption, ["linear", "second moments", "effective tokens"], rows, 2, marked)
+    return Table(caption, ["linear", "Hessian of", "effective tokens"], rows, 2, marked)

@@ -39,7 +39,7 @@ def test_with_the_whole_vocabulary_it_is_the_comparison_side_by_side():
 def test_a_partition_never_sees_more_and_in_the_end_all():
     reference, model = Table(0), Table(1)
     exact = evaluate(model, reference, IDS)
-    kept = [compare_with(predict(reference, IDS, k), model, IDS) for k in (1, 4, 16, 39)]
+    kept = [compare_with(predict(reference, IDS, k, 1), model, IDS) for k in (1, 4, 16, 39)]
     divergences = [found.kl for found in kept]
     assert divergences == sorted(divergences)
     assert divergences[0] > 0 and divergences[-1] <= exact.kl * (1 + 1e-5)
@@ -50,18 +50,29 @@ def test_a_partition_never_sees_more_and_in_the_end_all():
         assert found.top1_agreement == exact.top1_agreement
 
 
+def test_more_groups_see_more():
+    reference, model = Table(0), Table(1)
+    exact = evaluate(model, reference, IDS)
+    kept = [compare_with(predict(reference, IDS, 2, g), model, IDS).kl for g in (1, 2, 10, 40)]
+    assert kept == sorted(kept)  # each divides the one before
+    assert kept[-1] == pytest.approx(exact.kl, rel=1e-5)
+
+
 def test_the_kl_is_that_of_a_loop_over_tokens():
     reference, model = Table(0), Table(1)
-    stored = predict(reference, IDS, 5)
+    stored = predict(reference, IDS, 5, 7)
     total = []
     for row in torch.cat(IDS):
         for token in row[:-1]:
             p = reference.logits[token].double().softmax(0).tolist()
             q = model.logits[token].double().softmax(0).tolist()
             best = sorted(range(VOCABULARY), key=lambda i: -p[i])[:5]
-            rest = [sum(x) - sum(x[i] for i in best) for x in (p, q)]
             kl = sum(p[i] * math.log(p[i] / q[i]) for i in best)
-            total.append(kl + rest[0] * math.log(rest[0] / rest[1]))
+            for group in range(7):
+                others = [i for i in range(group, VOCABULARY, 7) if i not in best]
+                theirs, ours = (sum(x[i] for i in others) for x in (p, q))
+                kl += theirs * math.log(theirs / ours) if theirs else 0
+            total.append(kl)
     assert compare_with(stored, model, IDS).kl == pytest.approx(sum(total) / len(total), rel=1e-4)
 
 
