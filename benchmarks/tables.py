@@ -21,6 +21,7 @@ from ingredient_tables import ingredients
 from llama_tables import llama_files
 from peer_figure import figure
 from peer_tables import costs, losses
+from prior_tables import few_tokens
 from seeds import change, error
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def main() -> None:
         "docs/calibration_text.md": {"sets": calibration_sets},
         "docs/awq.md": {"speed": awq_speed},
         "docs/peers.md": {"losses": losses, "costs": costs},
-        "docs/solver.md": {"ingredients": ingredients},
+        "docs/solver.md": {"ingredients": ingredients, "few tokens": few_tokens},
         "docs/scaling.md": {
             "measured": scaled,
             "memory": layer_memory,

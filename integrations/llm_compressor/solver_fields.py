@@ -51,8 +51,9 @@ class SolverFields(FrozenFields):
             such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
         prior_tokens: take each linear to have seen, beside its own tokens, this many times its
-            number of input features of white noise. It is damping that matters where tokens are
-            few, as for experts that the router seldom picks, and vanishes where they are many.
+            number of input features of white noise, where that is more than ``dampening_frac``:
+            with ``n`` tokens ``prior_tokens * features / n`` of the mean diagonal is added. That
+            counts for experts that the router seldom picks.
         row_feedback: let the rows of a weight make up for each other, as far as their outputs
             change the same predictions. Takes one backward pass through the whole model, over at
             most 16384 tokens of the calibration data.

@@ -28,7 +28,7 @@ class SolverOptions:
             once more at the end.
         dampening_frac: fraction of the mean diagonal that is added to the diagonal.
         prior_tokens: in units of input features, how many tokens of white noise each linear is
-            taken to have seen beside its own: damping that falls with what was seen.
+            taken to have seen beside its own, where that is more than ``dampening_frac``.
         block_size: see :func:`moeq_plugin.core.gptq.solve`.
     """
 

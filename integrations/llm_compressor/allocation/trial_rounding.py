@@ -78,7 +78,7 @@ class TrialRounding:
             calibration,
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
-            prior_tokens=self.solver.prior_tokens,
+            solver=self.solver,
         )
         effective_tokens = observation.moments.effective_tokens
         linears, outputs = observation.linears, self.outputs

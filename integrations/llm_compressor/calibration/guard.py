@@ -1,6 +1,7 @@
 """Second moments that no expert starves on: too few tokens of its own borrow from the layer.
 
-A prior of white noise (``prior_tokens``) weighs much against few tokens and little against many.
+A prior of white noise (``SolverOptions.prior_tokens``) weighs much against few tokens, and against
+many nothing at all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from moeq_plugin.core.hessian import (
     shrink_toward,
     with_white_noise,
 )
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.calibration.observations import (
     Calibration,
     Observation,
@@ -23,6 +25,8 @@ from moeq_plugin.integrations.llm_compressor.calibration.token_sample import Tok
 from moeq_plugin.integrations.llm_compressor.schemes import unquantized
 from moeq_plugin.records.run import Basis
 
+_PLAIN = SolverOptions()
+
 
 def guard(
     observation: Observation,
@@ -30,7 +34,7 @@ def guard(
     *,
     min_effective_tokens: float | None,
     shrinkage: float,
-    prior_tokens: float = 0.0,
+    solver: SolverOptions = _PLAIN,
 ) -> tuple[torch.Tensor, float, Basis]:
     """Return a Hessian that does not starve the expert, its sum of weights and what it rests on.
 
@@ -40,8 +44,7 @@ def guard(
         min_effective_tokens: threshold; ``None`` means the number of input features, below which
             the second moments cannot have full rank.
         shrinkage: see :func:`moeq_plugin.core.hessian.shrink_toward`.
-        prior_tokens: of white noise that join what the expert has seen or borrowed, in units of
-            input features.
+        solver: names the prior, and the damping that is to come, which is white noise too.
     """
     moments, position = observation.moments, observation.position
     threshold = len(moments.hessian) if min_effective_tokens is None else min_effective_tokens
@@ -50,7 +53,7 @@ def guard(
     if position is None or position.expert is None or is_fed:
         own = Basis.OWN if is_fed else Basis.FEW
         basis = own if effective > 0 else Basis.NONE
-        hessian = _with_prior(moments.hessian, prior_tokens, effective)
+        hessian = _with_prior(moments.hessian, solver, effective)
         return hessian, moments.weight_sum.item(), basis
     sample = calibration.samples[position.layer.experts]
     of_layer = layer_moments(observation, position.layer.expert(position.expert), sample)
@@ -60,12 +63,14 @@ def guard(
         return mixed, 1.0, Basis.NONE
     share = own_share(moments, min_effective_tokens=threshold, shrinkage=shrinkage)
     tokens = effective / share if share > 0 else of_layer.effective_tokens
-    hessian = _with_prior(mixed, prior_tokens, tokens)
+    hessian = _with_prior(mixed, solver, tokens)
     return hessian, 1.0, Basis.SHRUNK if effective > 0 else Basis.LAYER
 
 
-def _with_prior(hessian: torch.Tensor, prior_tokens: float, tokens: float) -> torch.Tensor:
-    return with_white_noise(hessian, prior_tokens * len(hessian) / tokens) if tokens else hessian
+def _with_prior(hessian: torch.Tensor, solver: SolverOptions, tokens: float) -> torch.Tensor:
+    """Return second moments with what the prior asks for beyond the damping that is to come."""
+    prior = solver.prior_tokens * len(hessian) / tokens if tokens else 0.0
+    return with_white_noise(hessian, max(0.0, prior - solver.dampening_frac))
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ class Request:
             calibration,
             min_effective_tokens=self.min_effective_tokens,
             shrinkage=self.shrinkage,
-            prior_tokens=self.solver.prior_tokens,
+            solver=self.solver,
         )
 
     def correct(self, observation: Observation, hessian: torch.Tensor, basis: Basis) -> None:

@@ -232,10 +232,12 @@ class Guarded(Spy):
 
 def test_a_prior_is_white_noise_beside_the_tokens_that_an_expert_has_or_borrows(tmp_path):
     """In float64; the layer's sample is all of its tokens here, for they are few."""
-    modifier = Guarded(config_groups=int4(16), prior_tokens=PRIOR, min_effective_tokens=40)
+    modifier = Guarded(
+        config_groups=int4(16), prior_tokens=PRIOR, min_effective_tokens=40, dampening_frac=0.3
+    )
     oneshot(tiny_model("qwen3_moe", tmp_path), modifier, dataset(4, 24))
 
-    bases = set()
+    bases, noises = set(), set()
     for name, (moments, position, weights) in modifier.__dict__["seen"].items():
         made, basis = modifier.__dict__["made"][name]
         num_inputs, n = len(moments.hessian), moments.effective_tokens
@@ -250,11 +252,13 @@ def test_a_prior_is_white_noise_beside_the_tokens_that_an_expert_has_or_borrows(
                 rows = inputs_of(name, module, torch.cat([c[0].flatten(0, -2) for c in calls]))
             of_layer = 2 * rows.double().T @ rows.double() / len(rows)
             expected, rests_on = (n * expected + (40 - n) * of_layer) / 40, 40
-        noise = PRIOR * num_inputs / rests_on
+        noise = max(0.0, PRIOR * num_inputs / rests_on - 0.3)
+        noises.add(noise > 0)
         expected = expected + noise * expected.trace() / num_inputs * torch.eye(num_inputs)
         assert (made.double() - expected).norm() < 1e-5 * expected.norm(), name
         bases.add(basis)
     assert bases == {Basis.OWN, Basis.SHRUNK}
+    assert noises == {True, False}
 
 
 def test_sensitivities_are_measured_with_the_prior():
