@@ -158,7 +158,7 @@ def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
     from moeq_plugin.cli.probe import predict
 
     if not data.sources:
-        raise ValueError("--probe needs --dataset, the data that will calibrate")
+        raise ValueError("--probe needs --dataset FILE, the data that will calibrate")
     data.check()
     directory = local(model)
     planned = plan_quantization(directory, scheme_named(scheme), build=build)
