@@ -59,7 +59,9 @@ def quantize(
     data = as_dataset(dataset)
     if isinstance(data, tuple):
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or model.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer or model.name_or_path, trust_remote_code=False
+            )
         read = read_dataset(
             data,
             num_calibration_samples or NUM_CALIBRATION_SAMPLES,

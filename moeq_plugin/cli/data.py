@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +42,18 @@ class Data:
     num_sequences: int
     seq_len: int
     chat_template: bool = True
+
+    def or_written(self) -> dict[str, Any]:
+        """Return arguments of ``oneshot`` that let the model write a set where there is none."""
+        if self.sources:
+            return {}
+        return {"dataset": "ebss", "num_calibration_samples": 128, "max_seq_length": 512}
+
+    def reads(self) -> dict[str, Path]:
+        """Return the places that are read, for :func:`moeq_plugin.files.places.check_places`."""
+        from moeq_plugin.files.data_source import DataSource
+
+        return {f"--dataset {name}": Path(DataSource.parse(name).name) for name in self.sources}
 
     def check(self) -> None:
         """Look whether the sources are there, before anything is loaded.

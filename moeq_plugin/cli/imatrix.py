@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
+from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
 _LISTED = 5
@@ -17,11 +19,10 @@ _LISTED = 5
 def imatrix(
     model: Annotated[str, typer.Argument(help="model directory or id")],
     out: Annotated[Path, typer.Argument(help="importance matrix to write, a GGUF file")],
-    dataset: Annotated[
-        Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
-    ] = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
-    max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    dataset: Datasets = None,
+    chat_template: ChatTemplate = True,
+    num_calibration_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write an importance matrix for `llama-quantize --imatrix`, with data for every expert.
@@ -29,28 +30,29 @@ def imatrix(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
-    from moeq_plugin.files.atomic import write_whole
-    from moeq_plugin.files.datasets import read_dataset
-    from moeq_plugin.files.places import check_new_file, check_places
-
+    data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
     with errors("imatrix"):
+        check_named(model)
+        data.check()
+        from moeq_plugin.files.atomic import write_whole
+        from moeq_plugin.files.places import check_new_file, check_places
         from moeq_plugin.integrations.llama_cpp.matrix_file import read_matrix, write_matrix
         from moeq_plugin.integrations.llama_cpp.modifier import ImportanceModifier
         from moeq_plugin.integrations.llama_cpp.tensor_names import gguf_package
 
         gguf_package()
-        check_places(reads={"MODEL": Path(model), "--dataset": dataset}, makes={"OUT": out})
+        reads = {"MODEL": Path(model), **data.reads()}
+        check_places(reads=reads, makes={"OUT": out})
         check_new_file("OUT", out, read_matrix)
-        text = "text that the model wrote" if dataset is None else dataset.name
+        text = ", ".join(path.name for path in data.reads().values()) or "text that the model wrote"
         modifier = ImportanceModifier(dataset_name=text)
         run_oneshot(
             model,
             modifier,
+            data,
             trust_remote_code=trust_remote_code,
-            dataset="ebss" if dataset is None else read_dataset(dataset, num_calibration_samples),
-            num_calibration_samples=128 if dataset is None else num_calibration_samples,
-            max_seq_length=512 if dataset is None else max_seq_length,
             shuffle_calibration_samples=False,
+            **data.or_written(),
         )
         matrix = modifier.matrix
         write_whole(out, lambda path: write_matrix(path, matrix))

@@ -16,8 +16,10 @@ def interrupts_kept() -> Iterator[Callable[[], None]]:
     Ctrl-C raises ``KeyboardInterrupt`` as always. Some libraries catch everything while they are
     imported, and the run would go on as if nothing had been typed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # signals are of the main thread
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        # signals are of the main thread, and who runs in the background is to ignore this one
+        yield lambda: None
         return
     typed = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -74,7 +74,7 @@ def plan(
     with errors("plan"):
         check_named(model)
         data.check()
-        reads = {"MODEL": Path(model), **{f"--dataset {name}": Path(name) for name in data.sources}}
+        reads = {"MODEL": Path(model), **data.reads()}
         check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
         check_new_file("--allocation", allocation, Allocation.load)
         if not sensitivity.exists():
@@ -158,7 +158,7 @@ def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
     from moeq_plugin.cli.probe import predict
 
     if not data.sources:
-        raise ValueError("--probe needs --dataset, the data that will calibrate")
+        raise ValueError("--probe needs --dataset FILE, the data that will calibrate")
     data.check()
     directory = local(model)
     planned = plan_quantization(directory, scheme_named(scheme), build=build)
@@ -189,9 +189,7 @@ def _measure(
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
     modifier = SensitivityModifier(options=options) if options else SensitivityModifier()
-    own: dict[str, Any] = {"dataset": "ebss", "num_calibration_samples": 128, "max_seq_length": 512}
-    settings = {} if data.sources else own
     with display(phases=["measure"], jsonl=False):
-        run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **settings)
+        run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **data.or_written())
     write_whole(path, modifier.table.save)
     say(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")

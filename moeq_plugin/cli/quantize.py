@@ -122,8 +122,7 @@ class _Job:
         """Refuse places that would overwrite each other or an earlier run."""
         files = ("recipe", "sensitivity", "allocation")
         reads = {f"--{name}": Path(request[name]) for name in files if name in request}
-        reads |= {f"--dataset {name}": Path(name) for name in self.data.sources}
-        reads["MODEL"] = Path(self.model)
+        reads |= {"MODEL": Path(self.model), **self.data.reads()}
         check_places(reads=reads, makes={"OUT": self.out, "--work-dir": self.work_dir})
         check_new_directory(self.out)
         _check_resume(self.work_dir, resume=resume)

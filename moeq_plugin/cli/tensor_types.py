@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeq_plugin.cli.data import Data
+from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
 from moeq_plugin.cli.loading import TrustRemoteCode, load_text_config, run_oneshot
+from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
@@ -30,11 +31,10 @@ def tensor_types(
     gguf: Annotated[
         Path | None, typer.Option(help="the model in 16 bit, to predict the size of the file")
     ] = None,
-    dataset: Annotated[
-        Path | None, typer.Option(help="JSON lines with `text` or `input_ids`; default: EBSS")
-    ] = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="sequences")] = 512,
-    max_seq_length: Annotated[int, typer.Option(help="tokens per sequence")] = 2048,
+    dataset: Datasets = None,
+    chat_template: ChatTemplate = True,
+    num_calibration_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Choose a type of llama.cpp for every tensor: the least loss within a budget.
@@ -42,7 +42,10 @@ def tensor_types(
     Raises:
         typer.Exit: with code 2 if the request cannot be met.
     """
+    data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
     with errors("tensor-types"):
+        check_named(model)
+        data.check()
         from moeq_plugin.core.allocation import BitBudget, allocate_bits
         from moeq_plugin.core.sensitivity import SensitivityTable
         from moeq_plugin.files.atomic import write_whole
@@ -57,7 +60,7 @@ def tensor_types(
         )
 
         gguf_package()
-        reads = {"MODEL": Path(model), "--dataset": dataset, "--gguf": gguf}
+        reads = {"MODEL": Path(model), "--gguf": gguf, **data.reads()}
         check_places(reads=reads, makes={"OUT": out, "--sensitivity": sensitivity})
         check_new_file("OUT", out, read_types)
         config = load_text_config(model, trust_remote_code=trust_remote_code)
@@ -65,7 +68,6 @@ def tensor_types(
             table = SensitivityTable.load(sensitivity)
         else:
             check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
-            data = Data(dataset, num_calibration_samples, max_seq_length)
             table = _measure(model, data, option, trust_remote_code)
             if sensitivity is not None:
                 write_whole(sensitivity, table.save)
@@ -87,7 +89,6 @@ def tensor_types(
 def _measure(
     model: str, data: Data, options: list[str] | None, trust_remote_code: bool
 ) -> SensitivityTable:
-    from moeq_plugin.files.datasets import read_dataset
     from moeq_plugin.integrations.llama_cpp.ggml import check_library
     from moeq_plugin.integrations.llama_cpp.sensitivity import TypeSensitivityModifier
     from moeq_plugin.integrations.llama_cpp.tensor_types import parse_types
@@ -95,12 +96,5 @@ def _measure(
     modifier = TypeSensitivityModifier(options=options) if options else TypeSensitivityModifier()
     parse_types(modifier.options)  # before minutes go into loading the model
     check_library()
-    run_oneshot(
-        model,
-        modifier,
-        trust_remote_code=trust_remote_code,
-        dataset="ebss" if data.path is None else read_dataset(data.path, data.num_sequences),
-        num_calibration_samples=128 if data.path is None else data.num_sequences,
-        max_seq_length=512 if data.path is None else data.seq_len,
-    )
+    run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **data.or_written())
     return modifier.table

@@ -58,8 +58,6 @@ class RunRecord:
         modifier: class name.
         settings: its arguments as given and resolved.
         versions: of the libraries that took part.
-        given: names of the arguments that say something else than their default; empty where
-            unknown.
         linears: one record per targeted linear.
         limits: what a reader of the checkpoint has to know, one sentence each.
         kept: targeted modules left in 16 bit, with the reason.
@@ -75,12 +73,13 @@ class RunRecord:
         calibration: what it was calibrated on, in words; empty where unknown.
         sampling: what the text is like that the model wrote for itself, if it did.
         run: what else a reader wants to know of the run, such as ``hardware`` or ``wall time``.
+        given: names of the arguments that say something else than their default; empty where
+            unknown.
     """
 
     modifier: str
     settings: dict[str, Any]
     versions: dict[str, str]
-    given: list[str] = field(default_factory=list)
     linears: list[LinearRecord] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
@@ -94,6 +93,7 @@ class RunRecord:
     calibration: str = ""
     sampling: SamplingReport | None = None
     run: dict[str, str] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
 
     def count(self, basis: Basis) -> int:
         """Return how many linears rest on ``basis``."""

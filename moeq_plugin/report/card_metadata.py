@@ -24,11 +24,12 @@ def metadata(found: Findings) -> Iterator[str]:
     """Yield the lines that stand before a card, for hubs."""
     section = found.config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
-    tags = ["moeq-plugin", "llm-compressor", *([method] if isinstance(method, str) else [])]
+    tags = ["moeq-plugin", "llm-compressor"]
     if effective_tokens(found.linears):
         tags.insert(0, "moe")
     bits = {match[1] for x in found.linears if (match := _BITS.match(x.scheme))}
     tags += ["quantized", *(f"{b}-bit" for b in sorted(bits))]
+    tags += [method] if isinstance(method, str) else []
     yield "---"
     if is_hub_id(found.model):
         yield f"base_model: {_scalar(found.model)}"

@@ -122,11 +122,11 @@ def test_plan_says_what_quantization_would_refuse(sound):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify", "no"], "no is not a directory"),
+        (["verify", "no"], "no is not there"),
         (["verify", str(TINY), "--tp", "0"], "tp must be at least 1"),
-        (["verify", str(TINY), "--source", "no"], "no is not a directory"),
-        (["inspect", "no"], "no is not a directory"),
-        (["plan", "no"], "no is not a directory"),
+        (["verify", str(TINY), "--source", "no"], "no is not there"),
+        (["inspect", "no"], "no is not there"),
+        (["plan", "no"], "no is not there"),
         (["plan", str(TINY), "--scheme", "W4A17"], "is not a scheme"),
         (["plan", str(TINY), "--bits-per-weight", "3"], "need --sensitivity"),
     ],

@@ -7,6 +7,22 @@ import pytest
 from moeq_plugin.cli.interrupts import interrupts_kept
 
 
+@pytest.fixture(autouse=True)
+def heed():
+    """Whoever runs the tests in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_who_ignores_it_goes_on_ignoring_it():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts_kept() as check:
+        os.kill(os.getpid(), signal.SIGINT)
+        check()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_a_swallowed_interrupt_is_raised_again():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interrupts_kept() as check:

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -19,6 +20,8 @@ pytest.importorskip("llmcompressor")
 def take_terminal():
     """Let keys of the terminal reach this process, which leads a session of its own."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # whoever runs the tests in the background ignores the signal, and so would the command
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def on_terminal(argv, interrupt_at, timeout=300):

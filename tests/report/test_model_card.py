@@ -17,7 +17,7 @@ def test_the_metadata_is_what_hubs_read(found):
     assert metadata == [
         "base_model: someone/some-moe", "base_model_relation: quantized",
         "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- moe",
-        "- moeq-plugin", "- llm-compressor", "- compressed-tensors", "- quantized", '- "4-bit"',
+        "- moeq-plugin", "- llm-compressor", "- quantized", '- "4-bit"', "- compressed-tensors",
     ]  # fmt: skip
 
 
