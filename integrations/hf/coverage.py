@@ -13,6 +13,7 @@ from compressed_tensors.utils import match_named_modules
 from torch import nn
 from transformers import PreTrainedModel
 
+from moeq_plugin.core.small_linears import small_kind
 from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
 from moeq_plugin.models.moe import MoELayer, find_moe_layers
 
@@ -80,7 +81,7 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in kept
+        if isinstance(module, nn.Linear) and module not in kept and small_kind(name) is None
     }
 
 

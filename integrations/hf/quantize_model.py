@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from moeq_plugin.files.data_source import DataSource
 from moeq_plugin.files.datasets import read_dataset
 from moeq_plugin.integrations.hf.coverage import Coverage, check_coverage
 from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.linearization import linearize
 
 NUM_CALIBRATION_SAMPLES = 512  # the host's defaults
 MAX_SEQ_LENGTH = 2048
@@ -54,7 +54,7 @@ def quantize(
     Raises:
         ValueError: if a part of the blocks would stay in 16 bit without being ignored by name.
     """
-    linearize_moe(model)
+    linearize(model)
     coverage = check_coverage(model, modifier)
     data = as_dataset(dataset)
     if isinstance(data, tuple):

@@ -15,7 +15,7 @@ from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.awq.modifier import MoEQuantAWQModifier
 from moeq_plugin.integrations.llm_compressor.checkpoint.loading import load_dequantized
 from moeq_plugin.integrations.llm_compressor.moequant.modifier import MoEQuantModifier
-from moeq_plugin.integrations.llm_compressor.preflight import check_arguments
+from moeq_plugin.integrations.llm_compressor.prepare import prepare
 from moeq_plugin.integrations.llm_compressor.rotation import ResidualRotationModifier
 from moeq_plugin.integrations.llm_compressor.rwkv.modifier import RWKVQuantModifier
 
@@ -27,7 +27,7 @@ __all__ = [
     "load_dequantized",
 ]
 
-host.register(check_arguments)
+host.register(prepare)
 
 for _modifier in (
     MoEQuantAWQModifier,

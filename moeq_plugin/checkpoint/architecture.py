@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from moeq_plugin.core.small_linears import Kind
+
 
 class Role(StrEnum):
     """What a linear does, as far as readers treat it differently."""
@@ -22,11 +24,18 @@ class Role(StrEnum):
     SHARED_GATE = "shared-expert gate"
     HEAD = "output embedding"
     TOWER = "tower or projector"
+    STATE_GATE = Kind.STATE_GATE.value
+    HEAD_GATE = Kind.HEAD_GATE.value
+    INDEXER = Kind.INDEXER.value
+    COMPRESSOR = Kind.COMPRESSOR.value
+    HYPER_CONNECTION = Kind.HYPER_CONNECTION.value
+    NORM = Kind.NORM.value
+    PREDICTION = Kind.PREDICTION.value
     OTHER = "other"
 
 
 # what quantization leaves in 16 bit unless it is asked by name
-KEPT = (Role.ROUTER, Role.SHARED_GATE, Role.HEAD, Role.TOWER)
+KEPT = (Role.ROUTER, Role.SHARED_GATE, Role.HEAD, Role.TOWER, *map(Role, Kind))
 
 
 @dataclass(frozen=True)

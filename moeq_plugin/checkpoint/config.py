@@ -7,9 +7,11 @@ from typing import Any
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = (
-    "num_experts_per_tok", "experts_per_token", "top_k", "moe_k", "moe_topk", "top_k_experts",
+    "num_experts_per_tok", "experts_per_token", "top_k", "moe_k", "moe_topk", "moe_top_k",
+    "top_k_experts",
 )  # fmt: skip
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _MAX_SIZE = 1 << 24
 
 

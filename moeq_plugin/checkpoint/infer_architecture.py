@@ -9,14 +9,23 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from moeq_plugin.checkpoint.architecture import Architecture, Linear, Role
-from moeq_plugin.checkpoint.config import EXPERT_KEYS, SHARED_KEYS, TOP_K_KEYS, Config
+from moeq_plugin.checkpoint.config import (
+    EXPERT_KEYS,
+    PREDICTION_KEYS,
+    SHARED_KEYS,
+    TOP_K_KEYS,
+    Config,
+)
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes
 from moeq_plugin.checkpoint.roles import is_embedding, role_of_linear
-from moeq_plugin.core.names import expert_of, layer_of, pool_of
+from moeq_plugin.core.names import expert_of, is_prediction, layer_of, pool_of
 
 _Modules = Mapping[str, Mapping[str, StoredTensor]]
+
+_IDLE_KEY = "zero_expert_num"
 
 
 def infer_architecture(config: Config, modules: _Modules) -> Architecture:
@@ -29,25 +38,32 @@ def infer_architecture(config: Config, modules: _Modules) -> Architecture:
     Raises:
         ValueError: if a count in the config cannot be one.
     """
-    linears = {linear.name: linear for linear in _found(modules)}
     num_experts = config.count(*EXPERT_KEYS, default=0, high=4096)
+    # LongCat's router knows experts that give back what they get; no weight of theirs is used
+    idle = range(num_experts, num_experts + config.count(_IDLE_KEY, default=0, high=4096))
+    num_layers = config.count("num_hidden_layers", default=0, high=1024)
+    found = (linear for linear in _found(modules, num_layers) if linear.expert not in idle)
+    linears = {linear.name: linear for linear in found}
     linears |= _absent_experts(linears, num_experts)
     experts = [linear for linear in linears.values() if linear.role is Role.EXPERT]
-    layers = {linear.layer for linear in linears.values() if linear.layer is not None}
+    decoders = [linear for linear in linears.values() if not linear.is_mtp]
+    layers = {linear.layer for linear in decoders if linear.layer is not None}
     return Architecture(
         family=config.family,
-        num_layers=config.count("num_hidden_layers", default=len(layers), high=1024),
-        num_mtp_layers=0,
+        num_layers=num_layers or len(layers),
+        num_mtp_layers=config.count(*PREDICTION_KEYS, default=0, high=16),
         num_experts=num_experts or len({linear.expert for linear in experts}),
         top_k=config.count(*TOP_K_KEYS, default=0),
         num_shared=config.count(*SHARED_KEYS, default=0),
-        moe_layers=tuple(sorted({e.layer for e in experts if e.layer is not None})),
+        moe_layers=tuple(
+            sorted({e.layer for e in experts if e.layer is not None and not e.is_mtp})
+        ),
         linears=linears,
         is_known=False,
     )
 
 
-def _found(modules: _Modules) -> Iterator[Linear]:
+def _found(modules: _Modules, num_layers: int) -> Iterator[Linear]:
     shapes = {name: _shape(tensors) for name, tensors in modules.items() if not is_embedding(name)}
     common: dict[str, Counter[tuple[int, int]]] = {}
     for name, shape in shapes.items():
@@ -56,7 +72,10 @@ def _found(modules: _Modules) -> Iterator[Linear]:
     for name, shape in shapes.items():
         if shape:
             usual = common[pool_of(name)].most_common(1)[0][0]
-            yield Linear(name, usual, role_of_linear(name), layer_of(name), expert_of(name))
+            yield Linear(
+                name, usual, role_of_linear(name), layer_of(name), expert_of(name),
+                is_prediction(name, num_layers),
+            )  # fmt: skip
 
 
 def _shape(tensors: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
@@ -89,5 +108,5 @@ def _absent_experts(linears: Mapping[str, Linear], num_experts: int) -> dict[str
                 return absent
             name = f"{before}.experts.{expert}.{after}"
             if name not in linears:
-                absent[name] = Linear(name, linear.shape, linear.role, linear.layer, expert)
+                absent[name] = replace(linear, name=name, expert=expert)
     return absent

@@ -12,12 +12,10 @@ from moeq_plugin.checkpoint.headers import BITS
 from moeq_plugin.checkpoint.layout import FUSED_EXPERTS, Layout
 from moeq_plugin.checkpoint.reader_names import in_file
 from moeq_plugin.checkpoint.schemes import Scheme
-from moeq_plugin.core.names import canonical, layer_of
+from moeq_plugin.core.names import canonical, is_prediction
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ALWAYS_FLOAT32 = "e_score_correction_bias"  # transformers keeps it so, whatever the model's dtype
-_COPIED = "mtp"  # llm-compressor copies what begins so from the source, into a file of its own
-_COPIED_IF = ("num_mtp_layers", "mtp_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,9 @@ def outputs_of(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[O
 
 
 def copied_tensors(layout: Layout) -> list[Output]:
-    """Return what llm-compressor copies beside them; known only of models that were built."""
-    content = layout.checkpoint.config
-    text = content.get("text_config", content)
-    if layout.architecture.saved is None or not any(text.get(key) for key in _COPIED_IF):
-        return []
-    tensors = layout.checkpoint.tensors.items()
-    return [Output(n, t.dtype, t.shape) for n, t in tensors if n.startswith(_COPIED)]
+    """Return what is copied beside them: layers for next-token prediction, into other files."""
+    tensors, num_layers = layout.checkpoint.tensors.items(), layout.architecture.num_layers
+    return [Output(n, t.dtype, t.shape) for n, t in tensors if is_prediction(n, num_layers)]
 
 
 def loaded_shapes(layout: Layout) -> Iterator[tuple[int, ...]]:
@@ -74,8 +68,7 @@ def loaded_shapes(layout: Layout) -> Iterator[tuple[int, ...]]:
 
 def _is_loaded(layout: Layout, name: str) -> bool:
     """Tell whether transformers loads a tensor: not those for next-token prediction."""
-    layer = layer_of(name)
-    return layer is None or layer < layout.architecture.num_layers
+    return not is_prediction(name, layout.architecture.num_layers)
 
 
 def _as_described(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[Output]:

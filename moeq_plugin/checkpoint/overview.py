@@ -39,6 +39,7 @@ class Overview:
         experts: ``fused`` in one tensor per layer, ``separate``, ``unknown`` from a config, or
             ``not counted`` where tensors hold them in a form that nobody here takes apart.
         num_parameters: in all; 0 if they are not known.
+        num_active: of which one token uses; 0 if they are not known.
         layers: for each layer, its schemes and how many linears have them.
         readers: for each reader, what it cannot do with the model; empty if it reads it.
         is_built: whether it was built to find out what it consists of.
@@ -54,6 +55,7 @@ class Overview:
     num_shared: int
     experts: str
     num_parameters: int
+    num_active: int
     layers: dict[int, dict[str, int]]
     readers: dict[str, list[str]]
     is_built: bool = False
@@ -127,6 +129,7 @@ def _overview(layout: Layout, experts: str) -> Overview:
         if linear.layer is not None and linear.role not in KEPT:
             name = describe(layout.stored[linear.name])
             layers.setdefault(linear.layer, Counter())[name] += 1
+    num_parameters = _num_parameters(layout)
     return Overview(
         family=architecture.family,
         is_known=architecture.is_known,
@@ -136,7 +139,8 @@ def _overview(layout: Layout, experts: str) -> Overview:
         top_k=architecture.top_k,
         num_shared=architecture.num_shared,
         experts=experts if architecture.moe_layers else _lone_experts(layout),
-        num_parameters=_num_parameters(layout),
+        num_parameters=num_parameters,
+        num_active=num_parameters - _num_idle(architecture),
         layers={layer: dict(layers[layer]) for layer in sorted(layers)},
         readers=_readers(layout),
         is_built=architecture.saved is not None,
@@ -145,6 +149,13 @@ def _overview(layout: Layout, experts: str) -> Overview:
 
 def _lone_experts(layout: Layout) -> str:
     return "not counted" if layout.stacked else "none"
+
+
+def _num_idle(architecture: Architecture) -> int:
+    """Count the parameters of routed experts that a token does not use."""
+    routed = (e for of in architecture.experts().values() for e in of if not e.is_mtp)
+    total = sum(math.prod(expert.shape) for expert in routed)
+    return total - total * architecture.top_k // max(1, architecture.num_experts)
 
 
 def _num_parameters(layout: Layout) -> int:

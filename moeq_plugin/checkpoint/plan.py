@@ -34,6 +34,8 @@ class Plan:
         quantized_frac: share of all parameters that is quantized.
         source_bytes: of the model's tensors.
         tensor_bytes: of the tensors to be written.
+        num_copied: how many of them are copied as they are, for next-token prediction.
+        copied_bytes: of these.
         file_bytes: of the file that holds them, its header included; ``None`` if there are several.
         warnings: what servers will not do with it.
     """
@@ -45,6 +47,8 @@ class Plan:
     quantized_frac: float
     source_bytes: int
     tensor_bytes: int
+    num_copied: int
+    copied_bytes: int
     file_bytes: int | None
     warnings: tuple[Finding, ...]
 
@@ -91,6 +95,8 @@ def plan_quantization(
         quantized_frac=num_quantized / num_parameters,
         source_bytes=sum(tensor.num_bytes for tensor in layout.checkpoint.tensors.values()),
         tensor_bytes=tensor_bytes,
+        num_copied=len(copied),
+        copied_bytes=sum(output.num_bytes for output in copied),
         file_bytes=tensor_bytes + header if is_one_file else None,
         warnings=tuple(_warnings(layout, targeted, scheme, tp)),
     )

@@ -6,6 +6,7 @@ import re
 
 from moeq_plugin.checkpoint.architecture import Role
 from moeq_plugin.core.names import expert_of
+from moeq_plugin.core.small_linears import small_kind
 
 _ROUTERS = {"gate", "router"}
 # what a router's matrix may be called within a module that is the router
@@ -40,6 +41,9 @@ def role_of_linear(name: str) -> Role:
     parts = name.split(".")
     if expert_of(name) is not None:
         return Role.EXPERT
+    small = small_kind(name)
+    if small is not None:
+        return Role(small)
     if parts[-1] == "shared_expert_gate":
         return Role.SHARED_GATE
     if _SHARED.intersection(parts):

@@ -36,7 +36,10 @@ def inspect(
         if as_json:
             say_json(json.dumps(found.to_dict(), indent=1))
             return
-        say(f"{found.family}{_source(found)}, {found.num_parameters / 1e9:.3g} B parameters")
+        say(
+            f"{found.family}{_source(found)}, {found.num_parameters / 1e9:.3g} B parameters"
+            + (f", {found.num_active / 1e9:.3g} B active" if found.num_moe_layers else "")
+        )
         say(
             f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
             f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"

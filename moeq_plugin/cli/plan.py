@@ -121,6 +121,12 @@ def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
     file = "several files" if found.file_bytes is None else f"a file of {found.file_bytes} bytes"
     yield f"{found.source_bytes} bytes of tensors become {found.tensor_bytes}, {file}"
     yield _in_short(found, local(model))
+    if found.num_copied:
+        yield (
+            f"next-token prediction: {found.num_copied} tensors of {found.copied_bytes} bytes "
+            "among them, copied as they are: transformers does not load them, servers draft "
+            "with them"
+        )
     if found.misfits:
         some = ", ".join(found.misfits[:3])
         yield (

@@ -29,6 +29,8 @@ _THEIRS = tuple(f".{theirs}" for theirs in _CANONICAL)
 # expert, and int() would refuse thousands of digits.
 _LAYER = re.compile(r"(?P<before>(?:.*?\.)?)layers\.(?P<layer>[0-9]{1,5})\.(?P<rest>.+)", re.S)
 _NUMBERED = re.compile(r"(?P<before>(?:.*?\.)?)(?P<layer>[0-9]{1,5})\.(?P<rest>.+)", re.S)
+# what stands before the layers of a decoder, and never before those of a tower
+_DECODERS = ("model.", "model.language_model.", "language_model.model.", "language_model.")
 _EXPERT = re.compile(
     r"(?P<block>(?:.*?\.)?)experts\.(?P<expert>[0-9]{1,5})\.(?P<projection>.+)", re.S
 )
@@ -108,6 +110,24 @@ def layer_of(name: str) -> int | None:
     """Return the number after ``layers``, ``None`` for what is in no decoder layer."""
     found = in_layer(name)
     return found.layer if found else None
+
+
+def is_prediction(name: str, num_layers: int) -> bool:
+    """Tell whether a tensor is of a layer for next-token prediction, which only servers load.
+
+    Args:
+        name: of the tensor.
+        num_layers: decoder layers that the model has without them.
+
+    Example:
+        >>> is_prediction("model.layers.61.eh_proj.weight", 61), is_prediction("mtp.fc.weight", 48)
+        (True, True)
+        >>> is_prediction("vision_tower.encoder.layers.61.mlp.fc1.weight", 61)
+        False
+    """
+    found = in_layer(name)
+    is_behind = found is not None and found.before in _DECODERS and found.layer >= num_layers > 0
+    return name.startswith("mtp.") or is_behind
 
 
 def expert_of(name: str) -> int | None:

@@ -14,13 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # what can be calibrated on text alone, then what is only read; a config's first fit counts
-_CALIBRATED = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
-_ALL = (
-    *_CALIBRATED,
-    "AutoModelForMultimodalLM",
-    "AutoModelForSeq2SeqLM",
+_CALIBRATED = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "AutoModelForTokenClassification",
 )
+_ALL = (*_CALIBRATED, "AutoModelForMultimodalLM", "AutoModelForSeq2SeqLM")
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:

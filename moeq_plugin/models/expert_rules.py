@@ -20,6 +20,8 @@ _FUSED = {
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
+# of a quantized model, transformers (``quantizers.base``) builds their experts one by one
+_ONE_BY_ONE = ("llama4", "llama4_text")
 _PER_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight\$?$")
 
 
@@ -53,6 +55,8 @@ def names_by_config(config: Mapping[str, Any]) -> dict[str, str]:
     names: dict[str, str] = {}
     for owner in _owners(config):
         names |= names_in_checkpoint(get_checkpoint_conversion_mapping(owner) or ())
+        if owner in _ONE_BY_ONE:
+            names |= {name: name for name in ("gate_proj", "up_proj", "down_proj")}
     return names
 
 

@@ -5,7 +5,8 @@ Architectures are recognized by structure, not by name. In transformers >= 5 eve
 the experts are one module with three-dimensional parameters or, after llm-compressor's
 linearization, a list of small MLPs. So the third argument *is* the weight that multiplies the
 expert's output, whatever softmax, sigmoid, bias, renormalization or scaling produced it, and
-reading it there leaves nothing to recompute. Llama-4 is the exception and is refused.
+reading it there leaves nothing to recompute. Llama-4 is the exception: its blocks are
+remade before they get here.
 """
 
 from __future__ import annotations
@@ -148,8 +149,9 @@ def _moe_layers(model: nn.Module) -> Iterator[MoELayer]:
             raise UnsupportedModelError(
                 f"{block_name}.experts ({type(experts).__name__}) takes hidden states only: the "
                 "router's score multiplies the expert's input (Llama-4), so its second moments "
-                "are weighted already and affinity weights would square them. Use llm-compressor's "
-                "GPTQModifier for this model."
+                "are weighted already and affinity weights would square them. Pass the model as "
+                "from_pretrained loads it, whose blocks are taken apart first, or use "
+                "llm-compressor's GPTQModifier."
             )
         yield MoELayer(
             name=block_name,

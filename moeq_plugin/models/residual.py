@@ -109,9 +109,25 @@ def _of_mlp(mlp: nn.Module, layer: MoELayer | None) -> tuple[list[nn.Module], li
             )
         mlps = [layer.expert(index) for index in range(layer.num_experts)]
         mlps += [layer.shared_expert] if layer.shared_expert is not None else []
-        readers = [part for part in (layer.router, layer.shared_gate) if part is not None]
+        routers = (layer.router, layer.shared_gate)
+        readers = [_with_weight(part) for part in routers if part is not None]
     readers += [child for part in mlps for child in _children(part, _MLP_READERS)]
     return readers, [child for part in mlps for child in _children(part, ("down_proj",))]
+
+
+def _with_weight(router: nn.Module) -> nn.Module:
+    """Return a router, or the one linear that it consists of (Hunyuan's, DBRX's).
+
+    Raises:
+        UnsupportedModelError: if it consists of more.
+    """
+    inner = [module for module in router.modules() if "weight" in module._parameters]
+    if len(inner) != 1:
+        raise UnsupportedModelError(
+            f"{type(router).__name__} consists of {len(inner)} modules with weights; it is not "
+            "known which of them read the residual stream"
+        )
+    return inner[0]
 
 
 def _embeddings(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -74,6 +74,9 @@ RULES: dict[str, Rule] = {
     f"{LLM_COMPRESSOR}/checkpoint/loading": Rule(
         HOST | words("safetensors"), OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}
     ),
+    f"{LLM_COMPRESSOR}/checkpoint/prediction": Rule(
+        HOST, OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}
+    ),
     # what a model is made of is said in the words of the checkpoint's reader
     f"{LLM_COMPRESSOR}/preflight/as_built": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "checkpoint"}),
     f"{LLM_COMPRESSOR}/rwkv": Rule(HOST, OURS_BELOW | {LLM_COMPRESSOR, "rwkv"}),

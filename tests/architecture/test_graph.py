@@ -12,10 +12,19 @@ HERE = "integrations/llm_compressor/"
 # From the bottom up. A room needs rooms of lower levels only; those of one level stand side by side
 # and do not know each other.
 LEVELS = (
-    {"frozen_fields", "host", "kept_parts", "one_rank", "one_run", "schemes", "unfinished"},
+    {
+        "frozen_fields",
+        "host",
+        "kept_parts",
+        "linearization",
+        "one_rank",
+        "one_run",
+        "schemes",
+        "unfinished",
+    },
     {"calibration", "checkpoint", "places", "recipe", "solver_fields"},
     {"preflight", "solving", "self_sampling", "two_streams"},
-    {"allocation", "awq", "rotation"},
+    {"allocation", "awq", "prepare", "rotation"},
     {"moequant"},
     {"rwkv"},
 )

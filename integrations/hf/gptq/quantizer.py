@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeq_plugin.core.gptq_format import WIDTHS, ZeroPoints
@@ -29,6 +28,7 @@ from moeq_plugin.integrations.hf.quantize_model import (
     quantize,
 )
 from moeq_plugin.integrations.llm_compressor import MoEQuantModifier
+from moeq_plugin.integrations.llm_compressor.linearization import linearize
 
 # of Optimum's arguments, what the host decides: read from a configuration, without effect here
 HOST_DECIDES = (
@@ -148,7 +148,7 @@ class MoEGPTQQuantizer:
         Raises:
             ValueError: if a part of the blocks would stay in 16 bit without being ignored.
         """
-        linearize_moe(model)
+        linearize(model)
         modifier = MoEQuantModifier(
             config_groups={"group_0": {"targets": ["Linear"], "weights": self._weights()}},
             ignore=[*self.ignore, *self._unwanted(model)],

@@ -147,8 +147,7 @@ def _of_mlp(decoder: DecoderLayer, layer: MoELayer | None) -> Iterator[_Found]:
         if hasattr(part.module, p)
     }
     if layer is not None:
-        others = {layer.router, layer.shared_gate}
-        readers.update((n, child) for n, child in mlp.module.named_children() if child in others)
+        readers.update(_routers_of(layer))
     reason = None
     if not reads_through(mlp.module, list(readers.values())):
         reason = f"{mlp.name} does more to its input than multiply it with {len(readers)} weights"
@@ -170,6 +169,19 @@ def _of_mlp(decoder: DecoderLayer, layer: MoELayer | None) -> Iterator[_Found]:
                 f"what {kind.__name__} does between up_proj and down_proj (a clamp, an "
                 "offset or a nonlinearity) does not commute with scaling",
             )
+
+
+def _routers_of(layer: MoELayer) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the matrices that a router or a gate consists of, by their names in the block."""
+    for name, child in layer.block.named_children():
+        for inner, module in child.named_modules() if child in _gates(layer) else ():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim > 1:
+                yield f"{name}.{inner}".rstrip("."), module
+
+
+def _gates(layer: MoELayer) -> set[nn.Module | None]:
+    return {layer.router, layer.shared_gate}
 
 
 def _mlps_of(layer: MoELayer) -> list[Named]:
@@ -194,6 +206,8 @@ def _of_norm(
     norm: Named, parent: Named, readers: dict[str, nn.Module], reason: str | None = None
 ) -> _Found:
     """Return a norm with all its readers, by their names in ``parent``, or why not."""
+    if not isinstance(getattr(norm.module, "weight", None), torch.Tensor):
+        return _LeftOut(norm.name, f"{type(norm.module).__name__} has no weight of its own")
     weight = weight_of(norm.module)
     if not scales_with_weight(norm.module):
         kind = type(norm.module).__name__

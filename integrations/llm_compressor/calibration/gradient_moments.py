@@ -62,6 +62,8 @@ class GradientMoments:
     def _catch(self, linear: nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
         is_new = not self._shared.knows(linear)
         leader = self._shared.leader_of(linear, self._parents[linear], args[0])
+        if leader is None:
+            return
         if is_new:
             self._groups.setdefault(leader, []).append(linear)
         if output.requires_grad:

@@ -193,6 +193,8 @@ class Calibration:
         leader = self._shared_inputs.leader_of(
             linear, (self._parents.get(linear), weighted), inputs
         )
+        if leader is None:
+            return
         if leader is not linear:
             if is_new:
                 self.observations[leader].linears.append(linear)

@@ -22,8 +22,13 @@ class SharedInputs:
         """Tell whether a linear has been called before."""
         return linear in self._leaders
 
-    def leader_of(self, linear: nn.Linear, group: Hashable, inputs: torch.Tensor) -> nn.Linear:
+    def leader_of(
+        self, linear: nn.Linear, group: Hashable, inputs: torch.Tensor
+    ) -> nn.Linear | None:
         """Return the sibling that has already received this very tensor, or the linear itself.
+
+        ``None`` for zeros that stand for what came before the first token (Zaya): they add nothing
+        to second moments, and whoever gets them goes on sharing its other inputs.
 
         Args:
             linear: which is being called.
@@ -35,10 +40,11 @@ class SharedInputs:
         """
         recent = self._recent.get(group)
         # the object itself: a tensor that is gone may have left its address to another
-        if recent is not None and recent[0]() is inputs:
-            leader = recent[1]
-        else:
-            leader = linear
+        is_shared = recent is not None and recent[0]() is inputs
+        leader = recent[1] if recent is not None and is_shared else linear
+        if self._leaders.get(linear, leader) is not leader and not inputs.any():
+            return None
+        if not is_shared:
             self._recent[group] = (weakref.ref(inputs), linear)
         if self._leaders.setdefault(linear, leader) is not leader:
             raise RuntimeError(

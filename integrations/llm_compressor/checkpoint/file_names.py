@@ -32,11 +32,6 @@ def module_renamed(name: str, rules: Iterable[WeightTransform]) -> str:
     return renamed(f"{name}.weight", rules).removesuffix(".weight")
 
 
-def loading_renamings(model: PreTrainedModel) -> list[WeightTransform]:
-    """Return what turns names of files into names of the linearized model."""
-    return [r for r in linearized_rules(loading_rules(model)) if isinstance(r, WeightRenaming)]
-
-
 def saving_rules(model: PreTrainedModel) -> list[WeightTransform]:
     """Return the rules that saving the linearized model undoes.
 

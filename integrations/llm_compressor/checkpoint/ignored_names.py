@@ -9,8 +9,10 @@ says, transformers and compressed-tensors for the module: both are written.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from moeq_plugin.integrations.llm_compressor.checkpoint.file_names import (
@@ -32,10 +34,21 @@ def mend_ignored(model: PreTrainedModel, directory: Path) -> None:
     section = config.get("quantization_config", {})
     ignored = section.get("ignore") or []
     spelled = _spellings(model)
-    mended = [each for name in ignored for each in spelled.get(name, (name,))]
+    mended = [each for name in [*ignored, *_left_out(model)] for each in spelled.get(name, (name,))]
     if mended != ignored:
         section["ignore"] = list(dict.fromkeys(mended))
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _left_out(model: PreTrainedModel) -> Iterator[str]:
+    """Yield linears of a class derived from ``nn.Linear``, which some readers take for one.
+
+    A target `Linear` does not mean them, so compressed-tensors does not list them.
+    """
+    for name, module in model.named_modules():
+        is_other = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+        if is_other and getattr(module, "quantization_scheme", None) is None:
+            yield from (name, module_renamed(name, saving_renamings(model)))
 
 
 def _spellings(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

@@ -16,12 +16,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from moeq_plugin.core.small_linears import Kind
 from moeq_plugin.files.publish import joined
 from moeq_plugin.integrations.llm_compressor.checkpoint.expert_names import (
     linearized_rules,
     loading_rules,
 )
 from moeq_plugin.integrations.llm_compressor.checkpoint.ignored_names import mend_ignored
+from moeq_plugin.integrations.llm_compressor.checkpoint.prediction import copy_predictions
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import (
     UNCOMPRESSED,
     fusion_limits,
@@ -131,6 +133,8 @@ def _write_on_save(
             mend_ignored(model, directory)
             introduce_recipe(directory)
             records = [record for record, _ in finished]
+            for prefix in copy_predictions(model, directory):
+                records[0].kept[prefix.rstrip(".")] = Kind.PREDICTION.value
             save_records(records, directory)
             for _, save_more in finished:
                 save_more(directory)

@@ -9,6 +9,7 @@ from moeq_plugin.integrations.llm_compressor.preflight.data import (
 from moeq_plugin.integrations.llm_compressor.preflight.group_sizes import check_group_sizes
 from moeq_plugin.integrations.llm_compressor.preflight.model import (
     check_backward_pass,
+    check_cut,
     check_finite_weights,
     check_merged,
     check_sequential_targets,
@@ -32,6 +33,7 @@ __all__ = [
     "check_alone",
     "check_arguments",
     "check_backward_pass",
+    "check_cut",
     "check_data",
     "check_finite_weights",
     "check_group_sizes",

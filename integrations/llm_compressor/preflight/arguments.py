@@ -24,19 +24,22 @@ _OURS = __name__.partition(".")[0]
 _COUNTS = ("num_calibration_samples", "max_seq_length", "batch_size")
 
 
-def check_arguments(oneshot: Oneshot) -> None:
+def check_arguments(oneshot: Oneshot) -> bool:
     """Refuse numbers and data that cannot be calibrated with, where a modifier of ours takes part.
 
     Args:
         oneshot: about to run. A recipe of a kind that the host does not read is replaced by what
             it says.
 
+    Returns:
+        Whether a modifier of ours takes part.
+
     Raises:
         ValueError: saying what to pass instead.
     """
     oneshot.recipe = _readable(oneshot.recipe)
     if not any(type(m).__module__.startswith(_OURS) for m in _modifiers(oneshot)):
-        return
+        return False
     arguments = oneshot.dataset_args
     for name in _COUNTS:
         value = getattr(arguments, name)
@@ -46,6 +49,7 @@ def check_arguments(oneshot: Oneshot) -> None:
         _check_kind(arguments.dataset)
     if isinstance(arguments.dataset, Dataset):
         check_columns(arguments.dataset, oneshot)
+    return True
 
 
 def _readable(recipe: Any) -> Any:

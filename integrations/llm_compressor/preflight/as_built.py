@@ -21,17 +21,19 @@ from moeq_plugin.checkpoint.architecture import KEPT, Architecture, Linear, Role
 from moeq_plugin.checkpoint.config import SHARED_KEYS, TOP_K_KEYS
 from moeq_plugin.checkpoint.open_checkpoint import Checkpoint
 from moeq_plugin.checkpoint.roles import role_of_linear
-from moeq_plugin.core.names import canonical, expert_of, layer_of
+from moeq_plugin.core.names import canonical, expert_of, place
 from moeq_plugin.integrations.llm_compressor.checkpoint.file_names import (
     module_renamed,
     saving_renamings,
     saving_rules,
 )
 from moeq_plugin.integrations.llm_compressor.host import quiet
+from moeq_plugin.integrations.llm_compressor.linearization import linearize_own
+from moeq_plugin.integrations.llm_compressor.preflight.model import check_cut
 from moeq_plugin.integrations.llm_compressor.preflight.targets import kept_by_default
 from moeq_plugin.models.auto_class import language_class_of
 from moeq_plugin.models.linear_experts import linear_moe_layers
-from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
 from moeq_plugin.untrusted.reading import check_model
 
 _DTYPES = {
@@ -51,6 +53,7 @@ def build_architecture(checkpoint: Checkpoint) -> Architecture:
         ValueError: if transformers cannot build the model, or it could not be quantized.
     """
     model = _built(checkpoint)
+    check_cut(model)
     layers = linear_moe_layers(model)
     config: Any = model.config.get_text_config()
     rules = saving_renamings(model)
@@ -65,12 +68,12 @@ def build_architecture(checkpoint: Checkpoint) -> Architecture:
     kept = {name: Role.ROUTER.value for name, module in modules.items() if module in routers}
     kept |= kept_by_default(model, layers, ("Linear",))
     linears = [_linear(names[name], module, kept.get(name)) for name, module in modules.items()]
-    moe_layers = (layer_of(f"{layer.name}.experts") for layer in layers)
+    moe_layers = (place(f"{layer.name}.experts").layer for layer in layers)
     return Architecture(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         num_mtp_layers=0,
-        num_experts=max((layer.num_experts for layer in layers), default=0),
+        num_experts=max((_num_matrices(layer) for layer in layers), default=0),
         top_k=_first(config, TOP_K_KEYS),
         num_shared=_first(config, SHARED_KEYS) or int(any(la.shared_expert for la in layers)),
         moe_layers=tuple(dict.fromkeys(number for number in moe_layers if number is not None)),
@@ -98,6 +101,7 @@ def _built(checkpoint: Checkpoint) -> PreTrainedModel:
             )
         except Exception as error:  # configs of strangers fail in every way there is
             raise ValueError(f"transformers cannot build {config.model_type}: {error}") from error
+        linearize_own(model)
         find_moe_layers(model)  # it refuses what must not be linearized
         for name, experts in get_non_linearized_moes(model):
             model.set_submodule(name, _linearized(name, experts, model.config))
@@ -120,6 +124,12 @@ def _linearized(name: str, experts: nn.Module, config: Any) -> nn.Module:
         ) from error
 
 
+def _num_matrices(layer: MoELayer) -> int:
+    """Return how many experts have weights: some families have idle ones beside them."""
+    experts = (layer.expert(index).modules() for index in range(layer.num_experts))
+    return sum(any(isinstance(module, nn.Linear) for module in expert) for expert in experts)
+
+
 def _is_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2
@@ -134,7 +144,7 @@ def _linear(name: str, module: nn.Module, kept: str | None) -> Linear:
     shape = (weight.shape[0], weight.shape[1])
     if role is Role.TOWER:  # whose layers are none of the decoder's
         return Linear(name, shape, role)
-    return Linear(name, shape, role, layer_of(name), expert_of(name))
+    return Linear(name, shape, role, place(name).layer, expert_of(name))
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -154,5 +164,6 @@ def _tensors(model: PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _first(config: Any, keys: tuple[str, ...]) -> int:
     """Return the first number that a config has under one of these keys."""
-    found = (getattr(config, key, None) for key in keys)
+    parts = (config, getattr(config, "ffn_config", None))  # DBRX's experts have one of their own
+    found = (getattr(part, key, None) for part in parts for key in keys)
     return next((value for value in found if isinstance(value, int)), 0)

@@ -12,6 +12,7 @@ from moeq_plugin.integrations.llm_compressor.host import running_oneshot
 from moeq_plugin.models.moe import MoELayer
 
 _LISTED = 5
+_NOT_CUT = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
 
 
 @torch.no_grad()
@@ -85,6 +86,20 @@ def check_backward_pass(model: nn.Module) -> None:
             f"row_feedback runs a backward pass down to the token embedding, which "
             f"{type(model).__name__} does not name (get_input_embeddings): leave row_feedback off"
         ) from error
+
+
+def check_cut(model: nn.Module) -> None:
+    """Refuse a model that the host cuts into layers in such a way that none of them gets data.
+
+    Raises:
+        ValueError: saying what runs it as a whole.
+    """
+    if type(model).__name__ in _NOT_CUT:
+        raise ValueError(
+            f"llm-compressor cuts {type(model).__name__} so that its layers get no data, and all "
+            'would be rounded to nearest, which was not asked for; oneshot(..., pipeline="basic"), '
+            "which holds the whole model in memory, cuts none"
+        )
 
 
 def check_sequential_targets(model: nn.Module, layers: list[MoELayer]) -> None:

@@ -11,6 +11,7 @@ from loguru import logger
 from torch import nn
 
 from moeq_plugin.core.names import MIXTRAL_BLOCK, MIXTRAL_PROJECTIONS, canonical
+from moeq_plugin.core.small_linears import small_kind
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.towers import tower_modules
 
@@ -24,21 +25,28 @@ def kept_by_default(
 
     Routers and shared-expert gates are tiny and decide which expert runs; the output embedding is
     where servers expect 16 bits; text that calibrates does not reach the towers of a multi-modal
-    model. A target that is a class name, such as ``Linear``, does not count as targeting them.
+    model; others are small and left alone by published recipes (:func:`small_kind`). A target that
+    is a class name, such as ``Linear``, does not count as targeting them.
 
     Args:
         model: the model.
         layers: its MoE layers.
         targets: the targets of the recipe.
     """
-    reasons = dict.fromkeys(tower_modules(model), "tower or projector")
+    reasons: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        kind = small_kind(name) if isinstance(module, nn.Linear) else None
+        if kind is not None:
+            reasons[module] = kind.value
+    reasons |= dict.fromkeys(tower_modules(model), "tower or projector")
     for layer in layers:
         for module, reason in ((layer.router, "router"), (layer.shared_gate, "shared-expert gate")):
             if module is not None:
                 reasons.update(dict.fromkeys(module.modules(), reason))
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        reasons[output] = "output embedding"
+    # of a model that classifies, what stands beside all of its layers
+    heads = model.children() if output is None else (output,)
+    reasons |= dict.fromkeys((m for m in heads if isinstance(m, nn.Linear)), "output embedding")
     classes = {type(module).__name__ for module in model.modules()}
     by_name = [target for target in targets if target not in classes]
     asked_for = {module for _, module in match_named_modules(model, by_name)}

@@ -6,19 +6,18 @@ Sources hold experts one by one, or all of a layer in one tensor, in one of seve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from moeq_plugin.checkpoint.architecture import Linear
+from moeq_plugin.checkpoint.checks.source.stacks import is_stack, matrices_in_stacks
 from moeq_plugin.checkpoint.codes import can_read, read_rows, read_tensor
 from moeq_plugin.checkpoint.formats import FLOATS
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.core.names import canonical, of_expert
 
-# (gate and up, down) within a block; the second pair is Granite's
-_STACKS = (("experts.gate_up_proj", "experts.down_proj"), ("input_linear", "output_linear"))
 _TOWER = ("language_model.", "text_model.")
 
 
@@ -89,30 +88,21 @@ class Originals:
         if stored is None or not can_read(stored) or found.expert >= stored.shape[0]:
             return None
         bias = read_rows(stored, found.expert, 1)[0]
-        return bias if projection == "down_proj" else bias[projection == "up_proj" :: 2]
+        if projection == "down_proj":
+            return bias
+        is_up = projection == "up_proj"
+        return (
+            bias[is_up::2] if self.source.architecture.family == "gpt_oss" else bias.chunk(2)[is_up]
+        )
 
     def is_stacked(self, name: str) -> bool:
         """Tell whether a tensor of the source holds all experts of a layer."""
         module = canonical(plain_name(name)).removesuffix(".weight").removesuffix("_bias")
-        return module.endswith(tuple(stack for pair in _STACKS for stack in pair))
+        return is_stack(module)
 
     def _of_stack(self, name: str, shape: tuple[int, int], expert: int) -> Iterator[torch.Tensor]:
         found = of_expert(name)
-        if found is None:
-            return
-        is_down = found.projection == "down_proj"
-        for pair in _STACKS:
-            tensors = self.modules.get(f"{found.block}.{pair[is_down]}", {})
-            stored = tensors.get("", tensors.get("weight"))
-            if stored is None or not can_read(stored) or len(stored.shape) != 3:
-                continue
-            if expert >= stored.shape[0]:
-                continue
-            whole = read_rows(stored, expert, 1)[0].float()
-            if self.source.architecture.family == "gpt_oss":  # [in, out], gate and up alternating
-                yield whole.T if is_down else whole.T[found.projection == "up_proj" :: 2]
-                return
-            for turned in (whole, whole.T):
-                part = turned if is_down else turned.chunk(2)[found.projection == "up_proj"]
-                if tuple(part.shape) == shape:
-                    yield part
+        if found is not None:
+            found = replace(found, expert=expert)
+            family = self.source.architecture.family
+            yield from matrices_in_stacks(self.modules, found, shape, family)

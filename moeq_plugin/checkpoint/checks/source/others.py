@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from moeq_plugin.checkpoint.checks.findings import Finding, error
+from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
 from moeq_plugin.checkpoint.checks.source.originals import Originals, plain_name
 from moeq_plugin.checkpoint.checks.source.recipe import Rewrites
 from moeq_plugin.checkpoint.checks.source.same import difference, unequal
@@ -12,7 +12,7 @@ from moeq_plugin.checkpoint.codes import can_read, read_tensor
 from moeq_plugin.checkpoint.headers import StoredTensor
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.reader_names import split_tensor
-from moeq_plugin.core.names import canonical, layer_of, of_expert, role_of
+from moeq_plugin.core.names import canonical, is_prediction, layer_of, of_expert, role_of
 
 _KEPT_NORMS = ("q_norm.weight", "k_norm.weight")  # within a head: neither scaled nor turned
 _WRITERS = ("o_proj.bias", "down_proj.bias")  # are turned like the residual stream
@@ -69,25 +69,36 @@ def _missing(layout: Layout, originals: Originals) -> Iterator[Finding]:
     """Yield what the source has and the checkpoint has in no form, one finding for each kind."""
     here = {plain_name(module): tensors for module, tensors in layout.modules.items()}
     kinds: dict[str, list[str]] = {}
+    predictions = _predictions(layout)
     for name in originals.source.checkpoint.tensors:
         module, suffix = split_tensor(plain_name(canonical(name)))
         found = here.get(module)
         is_there = found is not None and (suffix in found or suffix == "weight")
+        if not predictions and is_prediction(name, layout.architecture.num_layers):
+            continue
         if not is_there and not _is_dispensable(layout, originals, module, name):
             kinds.setdefault(role_of(name), []).append(name)
     for names in kinds.values():
         many = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
         yield error("not-in-checkpoint", names[0], f"the source has it{many}")
+    dropped = _predictions(originals.source)
+    if dropped and not predictions:
+        yield warning(
+            "mtp-dropped", dropped[0], f"the source has it, and {len(dropped) - 1} more tensors of "
+            "layers for next-token prediction",
+        )  # fmt: skip
+
+
+def _predictions(layout: Layout) -> list[str]:
+    num_layers = layout.architecture.num_layers
+    return [name for name in layout.checkpoint.tensors if is_prediction(name, num_layers)]
 
 
 def _is_dispensable(layout: Layout, originals: Originals, module: str, name: str) -> bool:
     """Tell whether a checkpoint can do without a tensor of its source."""
-    architecture, layer = layout.architecture, layer_of(name)
-    is_mtp = architecture.num_mtp_layers > 0 and (layer or 0) >= architecture.num_layers
+    layer = layer_of(name)
     is_expert = of_expert(name) is not None and (
         originals.experts or (layer is not None and layout.is_fused(layer))
     )
     is_tied = module == "lm_head" and layout.checkpoint.config.get("tie_word_embeddings") is True
-    return bool(
-        is_mtp or is_expert or is_tied or originals.is_stacked(name) or name.endswith(_BUFFERS)
-    )
+    return bool(is_expert or is_tied or originals.is_stacked(name) or name.endswith(_BUFFERS))
