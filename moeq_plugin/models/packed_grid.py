@@ -30,6 +30,7 @@ class GridLinear(nn.Module):
     """
 
     weight_zero_point: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class GridLinear(nn.Module):
         """Return the linear that this one stands for."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(self.weight.detach(), requires_grad=False)
-        plain.bias = self.bias
+        plain.register_parameter("bias", self.bias)
         return plain
 
     def _unpack(self) -> torch.Tensor:
