@@ -85,7 +85,7 @@ RULES: dict[str, Rule] = {
     # room, and never the other way round
     "integrations/hf": Rule(
         HOST | words("safetensors datasets optimum"),
-        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
+        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint", "rwkv"},
     ),
     # likewise: llama.cpp's matrices and types are measured in llm-compressor's pass
     "integrations/llama_cpp": Rule(HOST | words("gguf"), OURS_BELOW | {LLM_COMPRESSOR}),
