@@ -42,7 +42,9 @@ def modifiers_for_rwkv(**settings: Any) -> list[Any]:
     """
     from moeq_plugin import RWKVQuantModifier
 
-    asked = {"scalar_frac": 1.0 if settings.keys() & {"scheme", "config_groups"} else 0.0}
+    asked: dict[str, Any] = {
+        "scalar_frac": 1.0 if settings.keys() & {"scheme", "config_groups"} else 0.0
+    }
     asked |= {"elementwise": None, "ignore": ["lm_head", _FEEDS_THE_STATE]}
     return [RWKVQuantModifier(**{**asked, **settings})]
 

@@ -42,7 +42,7 @@ class RWKVWorldTokenizer(PreTrainedTokenizer):
         kwargs = {**special, "padding_side": "left", "split_special_tokens": True, **kwargs}
         # else transformers would give it the first id behind the vocabulary
         self._added_tokens_decoder = {0: AddedToken(_END, special=True, normalized=False)}
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def vocab_size(self) -> int:

@@ -38,7 +38,11 @@ def words(text: str) -> frozenset[str]:
 
 HOST = words("torch numpy transformers llmcompressor compressed_tensors loguru pydantic")
 OURS_BELOW = words("core models records files untrusted")  # what integrations stand on
-TENSORS = Rule(words("torch"), words("checkpoint untrusted core/bit_packing"), words("core"))
+TENSORS = Rule(
+    words("torch"),
+    words("checkpoint untrusted core/bit_packing core/packed_codebook"),
+    words("core"),
+)
 # path of a folder or module -> its rule; the longest path that fits decides, whatever others say
 RULES: dict[str, Rule] = {
     "__init__": Rule(
