@@ -148,7 +148,7 @@ def main() -> None:
     corpus = load_corpus(arguments.model)
     seeds, sequences, heldout = ((0,), 4, 8) if arguments.quick else (SEEDS, SEQUENCES, HELDOUT)
     batches = corpus.heldout_batches(heldout, LENGTH)
-    reference = remembered(load(corpus.model), batches)
+    reference = Remembered(load(corpus.model), batches)
     content: dict[str, Any] = {"sequences": sequences, "length": LENGTH, "heldout": heldout}
     content |= {"model": corpus.name, "runs": [], "file": measure_file(corpus, sequences)}
     began = time.monotonic()
@@ -185,11 +185,17 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
 
-def remembered(model: nn.Module, batches: list[torch.Tensor]) -> Any:
-    """Return a model that has run already on the only batches that it will see."""
-    with torch.no_grad():
-        logits = {batch: model(input_ids=batch).logits for batch in batches}
-    return lambda input_ids: SimpleNamespace(logits=logits[input_ids])
+class Remembered(nn.Module):
+    """A model that has run already on the only batches that it will see."""
+
+    def __init__(self, model: nn.Module, batches: list[torch.Tensor]) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self._logits = {batch: model(input_ids=batch).logits for batch in batches}
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        """Return what the model has returned."""
+        return SimpleNamespace(logits=self._logits[input_ids])
 
 
 def quantize(

@@ -2,7 +2,7 @@
 
 Importing it registers two methods with transformers: ``moeq``, which loads checkpoints with
 codebook weights beside compressed-tensors ones, and quantizing while loading
-(:class:`MoEQuantConfig`).
+(:class:`MoEQuantConfig`). It also makes transformers know RWKV (:mod:`moeq_plugin.rwkv`).
 """
 
 try:
@@ -15,6 +15,11 @@ except ImportError as error:
     ) from error
 
 from moeq_plugin.integrations.hf.codebook_quantizer import CodebookConfig, CodebookQuantizer
+from moeq_plugin.integrations.hf.packed_linears import keep_linears_packed
 from moeq_plugin.integrations.hf.quantize_on_load import MoEQuantConfig, OnLoadQuantizer
+from moeq_plugin.rwkv.modeling import AFTER_LOADING
+
+if keep_linears_packed not in AFTER_LOADING:
+    AFTER_LOADING.append(keep_linears_packed)
 
 __all__ = ["CodebookConfig", "CodebookQuantizer", "MoEQuantConfig", "OnLoadQuantizer"]

@@ -1,8 +1,8 @@
 """Load checkpoints with codebook weights in transformers: ``quant_method: moeq``.
 
-Weights in codebook format stay packed in memory and are looked up when they run; the scalar ones
-are compressed-tensors' own, unpacked by it before the first run. ``model.dequantize()`` makes all
-of them plain.
+All weights stay packed in memory and are decoded as they are multiplied, those in codebook format
+as well as the scalar ones, whose tensors are compressed-tensors' own. ``model.dequantize()`` makes
+all of them plain.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationStatus
 from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers import (
     HfQuantizer,
@@ -20,11 +19,16 @@ from transformers.quantizers import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeq_plugin.models.packed import (
+from moeq_plugin.core.packed_codebook import (
     FORMAT_VERSION,
+    READABLE_VERSIONS,
     PackedFormat,
+)
+from moeq_plugin.integrations.hf.packed_linears import keep_linears_packed, unpack_linears
+from moeq_plugin.models.packed import (
     check_packed,
     pack_modules,
+    renew_packed,
     unpack_modules,
 )
 
@@ -55,10 +59,11 @@ class CodebookConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         quant_method: str = METHOD,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"the checkpoint has codebook format version {format_version}, this package reads "
-                f"{FORMAT_VERSION}: install the version of moeq-plugin that wrote it"
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: install the version of moeq-plugin "
+                "that wrote it"
             )
         self.codebooks, self.scalar = codebooks, scalar
         self.format_version, self.dequantize = format_version, dequantize
@@ -106,28 +111,28 @@ class CodebookQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_packed(model)  # transformers compares no shapes where there is a quantizer
+        if self.quantization_config.format_version != FORMAT_VERSION:
+            renew_packed(model)
+            self.quantization_config.format_version = FORMAT_VERSION  # what is saved from now on
         if self._scalar is not None:
             self._scalar._process_model_after_weight_loading(model, **kwargs)
         if self.quantization_config.dequantize:
             unpack_modules(model)
+        else:
+            keep_linears_packed(model)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        if self._scalar is not None and self._is_compressed():
-            self._scalar.compressor.decompress_model(model)
+        if self._scalar is not None:
+            self._scalar.compressor.decompress_model(model)  # what has no packed form
+        unpack_linears(model)
         unpack_modules(model)
         return model
 
     def is_serializable(self) -> bool:
-        """Say whether a loaded model can be saved again: not once scalar weights are unpacked."""
-        return self._is_compressed()
-
-    def _is_compressed(self) -> bool:
-        if self._scalar is None:
-            return True
-        status = self._scalar.compressor.quantization_config.quantization_status
-        return bool(status == QuantizationStatus.COMPRESSED)
+        """Say that a loaded model can be saved again: what is packed stays packed."""
+        return True
 
     @property
     def is_trainable(self) -> bool:

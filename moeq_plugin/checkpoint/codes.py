@@ -10,6 +10,7 @@ import torch
 from moeq_plugin.checkpoint.formats import num_groups
 from moeq_plugin.checkpoint.headers import BITS, StoredTensor, read_bytes
 from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme
+from moeq_plugin.core.bit_packing import unpack_rows
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -95,14 +96,16 @@ def blocks(
     is_packed = scheme.form == "pack-quantized"
     if "weight_zero_point" in found and not scheme.symmetric:
         stored = read_tensor(found["weight_zero_point"])
-        zeros = unpack(stored.T, scheme.num_bits, rows).T if is_packed else stored.int() + middle
+        zeros = (
+            unpack_rows(stored.T, scheme.num_bits, rows).T if is_packed else stored.int() + middle
+        )
         zeros = zeros.expand_as(scales)
     group = _groups(scheme, columns)
     step = max(1, _BLOCK_ELEMENTS // columns)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         if is_packed:
-            codes = unpack(
+            codes = unpack_rows(
                 read_rows(found["weight_packed"], first, count), scheme.num_bits, columns
             )
         else:
@@ -119,7 +122,7 @@ def _gptq_blocks(
     offset = 1 << scheme.num_bits
     # version 1 of the format stores zero points less 1, modulo the number of codes
     less = 1 if scheme.form == "gptq" else 0
-    zeros = ((unpack(read_tensor(found["qzeros"]), scheme.num_bits, rows) + less) % offset).T
+    zeros = ((unpack_rows(read_tensor(found["qzeros"]), scheme.num_bits, rows) + less) % offset).T
     if scheme.symmetric:  # readers do not look at them then
         zeros = torch.full_like(zeros, offset // 2)
     group = _groups(scheme, columns)
@@ -129,29 +132,8 @@ def _gptq_blocks(
     step = max(1, _BLOCK_ELEMENTS // columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        codes = unpack(packed[part], scheme.num_bits, columns)
+        codes = unpack_rows(packed[part], scheme.num_bits, columns)
         yield Block(codes, zeros[part], scales[part], group, first)
-
-
-def unpack(words: torch.Tensor, num_bits: int, count: int) -> torch.Tensor:
-    """Return ``[rows, count]`` int32, the unsigned codes in ``[rows, words]`` int32.
-
-    Code ``i`` begins at bit ``i * num_bits`` of a row, lowest bits first, across words.
-
-    Example:
-        >>> unpack(torch.tensor([[0b010_001_111]], dtype=torch.int32), 3, 3)
-        tensor([[7, 1, 2]], dtype=torch.int32)
-    """
-    if num_bits in {1, 2, 4, 8, 16}:  # no code reaches into the next word
-        shifts = torch.arange(0, 32, num_bits, dtype=torch.int32)
-        return ((words[..., None] >> shifts) & ((1 << num_bits) - 1)).flatten(1)[:, :count]
-    unsigned = words.long() & 0xFFFFFFFF
-    begin = torch.arange(count) * num_bits
-    word, bit = begin // 32, begin % 32
-    low = unsigned[:, word] >> bit
-    following = unsigned[:, (word + 1).clamp(max=words.shape[1] - 1)]
-    both = torch.where(bit + num_bits > 32, low | (following << (32 - bit)), low)
-    return (both & ((1 << num_bits) - 1)).int()
 
 
 def _groups(scheme: Scheme, columns: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeq_plugin.checkpoint.checks.findings import Finding, error
+from moeq_plugin.checkpoint.codebooks import METHOD, Codebooks, split_section
 from moeq_plugin.checkpoint.headers import StoredTensor, data_end, read_header
 from moeq_plugin.checkpoint.weight_files import INDEX, SINGLE, index_of, unread_files, weight_files
 from moeq_plugin.untrusted.broken import UnreadableFileError
@@ -24,12 +25,16 @@ class Checkpoint:
         config: the content of ``config.json``.
         tensors: by name.
         problems: what is wrong with the files themselves.
+        codebooks: by module; ``config`` then has the section of the other weights only.
+        codebook_version: of their format.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     problems: list[Finding] = field(default_factory=list)
+    codebooks: dict[str, Codebooks] = field(default_factory=dict)
+    codebook_version: int | None = None
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -51,7 +56,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             "quant_method": "gptq",
             **read_json(directory / "quantize_config.json"),
         }
-    opened = Checkpoint(directory, config)
+    codebooks, version = _take_codebooks(config)
+    opened = Checkpoint(directory, config, codebooks=codebooks, codebook_version=version)
     if (directory / INDEX).exists():
         opened.problems.extend(_read_indexed(opened))
     else:
@@ -62,6 +68,18 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             opened.problems.extend(_read_shard(opened, path))
         opened.problems.extend(_unread(directory))
     return opened
+
+
+def _take_codebooks(config: dict[str, Any]) -> tuple[dict[str, Codebooks], int | None]:
+    """Put the section of scalar weights into the place of one of ours, and return its codebooks."""
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
+        return {}, None
+    codebooks, scalar = split_section(section)
+    del config["quantization_config"]
+    if scalar is not None:
+        config["quantization_config"] = scalar
+    return codebooks, section["format_version"]
 
 
 def _unread(directory: Path) -> Iterator[Finding]:

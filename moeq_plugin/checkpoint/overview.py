@@ -23,6 +23,13 @@ from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
 from moeq_plugin.core.names import canonical, layer_of
 from moeq_plugin.untrusted.reading import read_json
 
+_ONLY_OURS = ("rwkv6", "rwkv7")
+_RWKV_READERS = {
+    "vllm": ("has no such model",),
+    "transformers": ("only after `import moeq_plugin.integrations.hf`",),
+    "gguf": ("nothing here writes it",),
+}
+
 
 @dataclass(frozen=True)
 class Overview:
@@ -178,6 +185,8 @@ def _num_parameters(layout: Layout) -> int:
 
 def _readers(layout: Layout) -> dict[str, list[str]]:
     """Return what each reader cannot do; the same checks as those of a verification."""
+    if layout.architecture.family in _ONLY_OURS:
+        return {reader: list(limits) for reader, limits in _RWKV_READERS.items()}
     found: dict[str, list[Finding]] = {
         "vllm": [*check_mixed_schemes(layout, "vllm"), *check_vllm(layout, "vllm")],
         "transformers": list(check_transformers(layout, "transformers")),

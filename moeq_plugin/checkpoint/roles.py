@@ -11,12 +11,14 @@ from moeq_plugin.core.small_linears import small_kind
 _ROUTERS = {"gate", "router"}
 # what a router's matrix may be called within a module that is the router
 _INSIDE = {"layer", "proj", "linear", "wg", "classifier"}
+_TIME_MIX = "att"  # RWKV's; neither an attention nor with a router called `gate`
 _BLOCKS = {"mlp", "feed_forward", "ffn", "moe", "block_sparse_moe"}
 _SHARED = {"shared_expert", "shared_experts", "shared_mlp"}
 
 # tables of vectors that are looked up, which no scheme for linears means: GPT-2's and T5's names,
-# and the learned queries of DeepSeek-OCR-2, one table for each size of an image
-_TABLES = re.compile(r"wte|wpe|shared|relative_attention_bias|query_\d+")
+# and the learned queries of DeepSeek-OCR-2, one table for each size of an image; RWKV's embedding,
+# and its matrices that are multiplied element by element
+_TABLES = re.compile(r"wte|wpe|shared|relative_attention_bias|query_\d+|emb|r_k|time_faaaa")
 
 
 def is_embedding(name: str) -> bool:
@@ -49,6 +51,7 @@ def role_of_linear(name: str) -> Role:
     if _SHARED.intersection(parts):
         return Role.SHARED
     is_attention = any("attn" in part or "attention" in part for part in parts)
+    is_attention = is_attention or _TIME_MIX in parts
     if not is_attention and (
         parts[-1] in _ROUTERS or (parts[-1] in _INSIDE and _ROUTERS.intersection(parts[-2:-1]))
     ):

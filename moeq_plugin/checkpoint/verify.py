@@ -58,6 +58,7 @@ def verify_checkpoint(
                 findings = [found for found in findings if found.check not in _MAY_BE_SO]
             findings += against
     schemes = Counter(describe(layout.stored[linear.name]) for linear in layout.present())
+    schemes += Counter(of.describe() for of in layout.checkpoint.codebooks.values())
     return Report(
         checkpoint=str(path),
         family=layout.architecture.family,
@@ -71,6 +72,7 @@ def verify_checkpoint(
 
 def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
     from moeq_plugin.checkpoint.checks.values import check_values  # loads torch
+    from moeq_plugin.checkpoint.checks.values.codebooks import check_codebooks
 
     yield from layout.checkpoint.problems
     if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
@@ -92,11 +94,13 @@ def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
     yield from check_parallel(layout.architecture, layout.stored, tp)
     yield from check_tokenizer(layout)
     yield from check_values(layout)
+    yield from check_codebooks(layout)
 
 
 def _against_source(layout: Layout, source: Layout) -> Iterator[Finding]:
     from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
     from moeq_plugin.checkpoint.checks.source.recipe import read_rewrites
+    from moeq_plugin.checkpoint.checks.values.codebooks import check_codebooks
 
     here, there = layout.checkpoint, source.checkpoint
     rewrites = read_rewrites(here.directory)
@@ -106,3 +110,4 @@ def _against_source(layout: Layout, source: Layout) -> Iterator[Finding]:
     yield from check_config_changes(here.config, there.config, changed)
     yield from check_file_changes(here.directory, there.directory)
     yield from check_source(layout, source)
+    yield from check_codebooks(layout, source)

@@ -6,6 +6,7 @@ Frameworks are imported inside the commands, so help is instant.
 from moeq_plugin.cli import (  # noqa: F401 - in the order help shows them
     convert,
     evaluate,
+    generate,
     imatrix,
     inspect,
     plan,

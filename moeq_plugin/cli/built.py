@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def build(checkpoint: Checkpoint) -> Architecture:
     """Return what a model consists of; llm-compressor is imported only for models that need it."""
-    from moeq_plugin.cli.loading import know_rwkv
+    from moeq_plugin.cli.rwkv import know_rwkv
     from moeq_plugin.integrations.llm_compressor.preflight.as_built import build_architecture
 
     know_rwkv(str(checkpoint.directory))

@@ -45,13 +45,18 @@ def given(**options: Any) -> dict[str, Any]:
     }
 
 
-def check_fields(fields: Mapping[str, Any]) -> None:
+def check_fields(fields: Mapping[str, Any], *, has_default: bool = False) -> None:
     """Refuse what asks for nothing, for two things, or for what a recipe says itself.
+
+    Args:
+        fields: by name, those that were given.
+        has_default: whether a model may be quantized without being asked how.
 
     Raises:
         ValueError: naming the options.
     """
-    if sum(name in fields for name in REQUESTS) != 1:
+    given = sum(name in fields for name in REQUESTS)
+    if given != 1 and not (has_default and given == 0):
         names = [_option(name) for name in REQUESTS]
         raise ValueError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
     also = [name for name in fields if name != "recipe"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.untrusted.reading import check_model, read_json
+from moeq_plugin.cli.rwkv import is_official_rwkv, know_rwkv, load_official, world_tokenizer
+from moeq_plugin.untrusted.reading import check_model
 
 if TYPE_CHECKING:
     from moeq_plugin.cli.data import Data
@@ -85,7 +86,11 @@ def load_weights(
 
     from moeq_plugin.models.auto_class import language_class_of
 
+    if is_official_rwkv(model):
+        with loading(model):
+            return load_official(model, dtype)
     with loading(model):
+        know_rwkv(model)
         if config is None:
             config = AutoConfig.from_pretrained(
                 model, trust_remote_code=trust_remote_code, revision=revision or "main"
@@ -122,19 +127,13 @@ def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None 
     """
     from transformers import AutoTokenizer
 
+    if is_official_rwkv(model):
+        return world_tokenizer(model)
     with loading(model):
+        know_rwkv(model)
         return AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
-
-
-def know_rwkv(model: str) -> None:
-    """Make transformers know RWKV-6 and RWKV-7, which it lacks, before it is to load one."""
-    config = Path(model) / "config.json"
-    if config.is_file() and str(read_json(config).get("model_type")).startswith("rwkv"):
-        from moeq_plugin.rwkv.register import register
-
-        register()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moeq_plugin.cli.rwkv import is_rwkv, modifiers_for_rwkv
 from moeq_plugin.cli.shared import say
 from moeq_plugin.cli.validation import in_words, is_validation_error
 from moeq_plugin.untrusted.broken import sentence
@@ -12,8 +13,17 @@ from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
 
-def of_request(**settings: Any) -> list[Any]:
+_BUDGETS = {"bits_per_weight", "size_gb", "allocation"}
+
+
+def of_request(model: str, *, target: str, work_dir: str, **settings: Any) -> list[Any]:
     """Return the modifiers of a request.
+
+    Args:
+        model: directory, id or official RWKV file.
+        target: what is to read the checkpoint.
+        work_dir: where to keep state.
+        **settings: fields of the modifier; a ``scheme`` may name its group size.
 
     Raises:
         ValueError: if a field holds a name that nobody knows.
@@ -23,6 +33,10 @@ def of_request(**settings: Any) -> list[Any]:
     _check_observer(settings.get("weight_observer"))
     if "scheme" in settings:
         settings |= of_scheme(settings.pop("scheme"))
+    if is_rwkv(model) and not settings.keys() & _BUDGETS:
+        say(f"{model}: RWKV keeps no state while it is quantized, a kill loses the run", err=True)
+        return modifiers_for_rwkv(**settings)
+    settings |= {"target": target, "work_dir": work_dir}
     return [MoEQuantModifier(**{"ignore": ["lm_head"], **settings})]
 
 

@@ -17,6 +17,7 @@ from moeq_plugin.cli.health import complaint, health, starved
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.modifiers import of_recipe, of_request
 from moeq_plugin.cli.named_model import check_named
+from moeq_plugin.cli.rwkv import is_rwkv
 from moeq_plugin.cli.shared import Interrupted, app, errors, say
 from moeq_plugin.files.new_directory import check_new_directory
 from moeq_plugin.files.places import check_places
@@ -31,7 +32,7 @@ from moeq_plugin.files.work_dir import (
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="model directory or id")],
+    model: Annotated[str, typer.Argument(help="model directory, id or RWKV .pth file")],
     out: Annotated[Path, typer.Argument(help="new directory for the checkpoint")],
     scheme: fields.Scheme = None,
     bits_per_weight: fields.BitsPerWeight = None,
@@ -75,7 +76,7 @@ def quantize(
             recipe=recipe, sensitivity=sensitivity, options=option, preset=preset, ignore=ignore,
             weight_observer=weight_observer, affinity_power=affinity_power, seed=seed,
         )  # fmt: skip
-        fields.check_fields(request)
+        fields.check_fields(request, has_default=is_rwkv(model))
         fields.check_loading(dtype, batch_size)
         check_named(model)
         data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
@@ -135,7 +136,9 @@ class _Job:
             if "recipe" in request:
                 modifiers = of_recipe(Path(request["recipe"]), self.work_dir)
             else:
-                modifiers = of_request(**request, target=target, work_dir=str(self.work_dir))
+                modifiers = of_request(
+                    self.model, target=target, work_dir=str(self.work_dir), **request
+                )
             found = self._write(modifiers)
         remove_state(self.work_dir, with_directory=is_ours)
         return found

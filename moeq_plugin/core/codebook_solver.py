@@ -58,7 +58,7 @@ def solve_codebook(
     *,
     dampening_frac: float = 0.01,
     actorder: bool = True,
-    refine_steps: int = 20,
+    refine_steps: int = 8,
 ) -> CodebookSolution:
     """Encode a weight so that ``trace(D @ H @ D.T)`` stays small.
 

@@ -24,7 +24,7 @@ def fit_centroids(
     weights: torch.Tensor,
     num_centroids: int,
     *,
-    iterations: int = 100,
+    iterations: int = 16,
     seed: int = 0,
 ) -> torch.Tensor:
     """Return ``[problems, num_centroids, dim]`` centroids, in the points' dtype.

@@ -7,72 +7,17 @@ both together rebuild them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from moeq_plugin.core.codebook import (
-    CodebookFormat,
-    CodebookWeight,
-    pack_codes,
-    unpack_codes,
-)
+from moeq_plugin.core.codebook import CodebookWeight
+from moeq_plugin.core.packed_codebook import PackedFormat
+from moeq_plugin.kernels.products import Product, can_multiply, codebook_product
 from moeq_plugin.models.elementwise import ElementwiseScale
-
-FORMAT_VERSION = 2  # of what PackedFormat packs, and of the configuration that lists the formats
-
-
-@dataclass(frozen=True)
-class PackedFormat(CodebookFormat):
-    """A codebook format, and how a weight in it becomes one int32 tensor.
-
-    Indices come first, 32 of them in ``index_bits`` words, then scales, then codebooks, then zeros
-    up to a whole word. One tensor, because each takes 100 bytes of a safetensors file's index.
-
-    Attributes:
-        scale_dtype: name of the dtype that scales are stored in.
-    """
-
-    scale_dtype: str = field(kw_only=True)
-
-    @classmethod
-    def of(cls, weight: CodebookWeight) -> PackedFormat:
-        """Return the format that stores a weight exactly."""
-        scale_dtype = str(weight.scale.dtype).removeprefix("torch.")
-        return cls(**asdict(weight.form) | {"scale_dtype": scale_dtype})
-
-    def sizes(self, shape: tuple[int, int]) -> list[int]:
-        """Return the bytes of indices, scales, codebooks and padding of a matrix of ``shape``."""
-        scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
-        words = -(-prod(shape) // (32 * self.vector_dim)) * self.index_bits
-        codebooks = prod(self.grid(shape))
-        scales = codebooks * scale_dtype.itemsize
-        entries = codebooks * self.num_centroids * self.vector_dim
-        return [4 * words, scales, entries, -(scales + entries) % 4]
-
-    def num_words(self, shape: tuple[int, int]) -> int:
-        """Return the length of the tensor that stands for a matrix of ``shape``."""
-        return sum(self.sizes(shape)) // 4
-
-    def pack(self, weight: CodebookWeight) -> torch.Tensor:
-        """Return the ``[words]`` int32 tensor that stands for a weight of this format."""
-        parts = pack_codes(weight.codes, self.index_bits), weight.scale, weight.codebook
-        stored = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-        return pad(stored, (0, -len(stored) % 4)).view(torch.int32)
-
-    def unpack(self, packed: torch.Tensor, shape: tuple[int, int]) -> CodebookWeight:
-        """Return the weight of a matrix of ``shape``, the inverse of :meth:`pack`."""
-        words, scale, codebook, _ = packed.view(torch.uint8).split(self.sizes(shape))
-        vectors, codebooks = (shape[0], shape[1] // self.vector_dim), self.grid(shape)
-        return CodebookWeight(
-            unpack_codes(words.view(torch.int32), self.index_bits, vectors),
-            codebook.view(torch.int8).view(*codebooks, self.num_centroids, self.vector_dim),
-            scale.view(getattr(torch, self.scale_dtype)).view(codebooks),
-            self,
-        )
+from moeq_plugin.models.kept import Kept
 
 
 class PackedWeight(nn.Module):
@@ -102,8 +47,11 @@ class PackedWeight(nn.Module):
     def weight(self) -> torch.Tensor:
         """Look the weight up, in its shape and in the model's dtype."""
         stored = self.form.unpack(self.packed, self.matrix_shape)
-        encoded = replace(stored, scale=stored.scale.to(self.like.dtype))
-        return encoded.decode().view(self.weight_shape)
+        return _in_dtype(stored, self.like.dtype).decode().view(self.weight_shape)
+
+
+def _in_dtype(weight: CodebookWeight, dtype: torch.dtype) -> CodebookWeight:
+    return replace(weight, scale=weight.scale.to(dtype))
 
 
 class CodebookLinear(PackedWeight):
@@ -113,10 +61,27 @@ class CodebookLinear(PackedWeight):
         super().__init__(replaced.weight, len(replaced.weight), form)
         self.out_features, self.in_features = replaced.weight.shape
         self.bias = replaced.bias
+        self._product: Kept[Product | None] = Kept()
+        self._codes: Kept[CodebookWeight] = Kept()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ weight.T + bias``."""
-        return linear(x, self.weight, self.bias)
+        """Return ``x @ weight.T + bias``; the weight is looked up as it is multiplied."""
+        product = None
+        if x.dtype == self.like.dtype and can_multiply(x):
+            product = self._product.of(self._make_product, self.packed, self.like)
+        if product is None:
+            # without a compiled product the codes are kept unpacked: that is what takes longest
+            stored = self._codes.of(self._unpack, self.packed)
+            return linear(x, _in_dtype(stored, self.like.dtype).decode(), self.bias)
+        result = product(x)
+        return result if self.bias is None else result + self.bias
+
+    def _make_product(self) -> Product | None:
+        shape, dtype = self.matrix_shape, self.like.dtype
+        return codebook_product(self.packed.detach(), self.form, shape, dtype)
+
+    def _unpack(self) -> CodebookWeight:
+        return self.form.unpack(self.packed.detach(), self.matrix_shape)
 
     def unpacked(self) -> nn.Linear:
         """Return the linear that this one stands for."""
@@ -192,6 +157,14 @@ def check_packed(model: nn.Module) -> None:
                 f"{module.form}, but the checkpoint has {list(found)}: its config.json and its "
                 "tensors do not belong together, save it again"
             )
+
+
+@torch.no_grad()
+def renew_packed(model: nn.Module) -> None:
+    """Bring what was loaded from version 2 of the format into the order of this one, in place."""
+    for module in packed_modules(model).values():
+        renewed = module.form.from_version_2(module.packed, module.matrix_shape)
+        module.packed.copy_(renewed)
 
 
 def unpack_modules(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from moeq_plugin.rwkv.register import guard_initialization, register
 from moeq_plugin.rwkv.rwkv4 import disable_rescaling
 from moeq_plugin.rwkv.rwkv6 import RWKV6Config, RWKV6ForCausalLM
 from moeq_plugin.rwkv.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from moeq_plugin.rwkv.tokenizer import RWKVWorldTokenizer
 
 __all__ = [
     "ElementwiseScale",
@@ -17,6 +18,7 @@ __all__ = [
     "RWKV6ForCausalLM",
     "RWKV7Config",
     "RWKV7ForCausalLM",
+    "RWKVWorldTokenizer",
     "disable_rescaling",
     "elementwise_parameters",
     "from_official",

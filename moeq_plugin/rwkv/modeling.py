@@ -25,6 +25,8 @@ from moeq_plugin.rwkv.layers import LayerState
 from moeq_plugin.rwkv.official import Tensors, read_pth, to_state_dict, version_of
 
 State = tuple[LayerState, ...]
+# called with every model that transformers has loaded, by whoever knows how its weights can run
+AFTER_LOADING: list[Callable[[nn.Module], object]] = []
 _UNUSABLE = ("device_map", "quantization_config", "state_dict", "torch_dtype")
 
 
@@ -171,6 +173,8 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         read = _reader_of_another_layout(path)
         if read is None:
             loaded: Self = super().from_pretrained(path, *model_args, **kwargs)
+            for prepare in AFTER_LOADING:
+                prepare(loaded)
             return loaded
         if unusable := [name for name in _UNUSABLE if kwargs.get(name) is not None]:
             raise ValueError(
@@ -180,28 +184,40 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         tensors, dtype = read(path), kwargs.get("dtype")
         if (version := version_of(tensors)) != cls.version:
             raise ValueError(f"{path} is for RWKV{version}ForCausalLM, not for {cls.__name__}")
-        return cls.from_official(tensors, dtype=None if dtype == "auto" else dtype)
+        dtype = None if dtype == "auto" else dtype
+        # nobody else holds what was read for this model
+        return cls.from_official(tensors, dtype=dtype, copy=False)
 
     @classmethod
-    def from_official(cls, tensors: Tensors, *, dtype: torch.dtype | None = None) -> Self:
+    def from_official(
+        cls, tensors: Tensors, *, dtype: torch.dtype | None = None, copy: bool = True
+    ) -> Self:
         """Build the model of this version that official tensors belong to.
+
+        The model is never initialized: its parameters are the tensors. Those of another dtype, and
+        those that a linear has transposed, are copied one by one, whatever ``copy`` says.
 
         Args:
             tensors: by official name; sizes are read from their shapes.
             dtype: of the model; ``None`` for that of the embedding.
+            copy: otherwise the model shares memory with the tensors, where they fit as they are.
 
         Returns:
-            A model in evaluation mode, with copies of the tensors.
+            A model in evaluation mode.
         """
         config = cls.config_class.of_tensors(tensors)
+        dtype = tensors["emb.weight"].dtype if dtype is None else dtype
+        config.dtype = dtype
         with torch.device("meta"):  # names and shapes only
-            expected = cls(config).state_dict()
-        # before the model is made, which takes long and would be in vain
-        state_dict = to_state_dict(tensors, expected, cls.version)
-        model = cls(config)
-        model.load_state_dict(state_dict)
-        module: nn.Module = model  # transformers' own `to` and `eval` are untyped
-        module.to(tensors["emb.weight"].dtype if dtype is None else dtype).eval()
+            model = cls(config)
+        state_dict = to_state_dict(tensors, model.state_dict(), cls.version)
+        for name, tensor in state_dict.items():
+            fitting = tensor.to(dtype).contiguous()
+            is_shared = fitting.data_ptr() == tensor.data_ptr()
+            state_dict[name] = fitting.clone() if copy and is_shared else fitting
+        model.load_state_dict(state_dict, assign=True)
+        module: nn.Module = model  # transformers' own `eval` is untyped
+        module.eval()
         return model
 
     def get_output_embeddings(self) -> nn.Module:

@@ -69,7 +69,7 @@ def to_state_dict(tensors: Tensors, expected: Tensors, version: int) -> dict[str
         version: of that model, for the error.
 
     Returns:
-        Copies of the tensors in the shapes of ``expected``.
+        The tensors in the shapes of ``expected``; views, wherever one will do.
 
     Raises:
         ValueError: if tensors are missing, unknown or of another shape; all are listed.
@@ -85,7 +85,7 @@ def to_state_dict(tensors: Tensors, expected: Tensors, version: int) -> dict[str
         if tensor.squeeze().shape != parameter.squeeze().shape:
             misshapen.append(f"{official.name} {list(stored.shape)}")
             continue
-        state_dict[name] = tensor.reshape(parameter.shape).clone()
+        state_dict[name] = tensor.reshape(parameter.shape)
     if misshapen:
         raise ValueError(f"these tensors do not fit the sizes of the others: {misshapen}")
     return state_dict

@@ -10,11 +10,12 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.rwkv.modeling_rwkv import RwkvPreTrainedModel
 
 from moeq_plugin.rwkv.rwkv6 import RWKV6Config, RWKV6ForCausalLM, RWKV6Model
 from moeq_plugin.rwkv.rwkv7 import RWKV7Config, RWKV7ForCausalLM, RWKV7Model
+from moeq_plugin.rwkv.tokenizer import RWKVWorldTokenizer
 
 _GUARD = "_skips_linears_without_weight"
 
@@ -23,7 +24,7 @@ def register() -> None:
     """Change transformers for the whole process, in two ways; a second call changes nothing.
 
     * ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know the model types ``rwkv6`` and
-      ``rwkv7``.
+      ``rwkv7``, and ``AutoTokenizer`` their tokenizer.
     * ``RwkvPreTrainedModel``, the RWKV-4 of transformers, initializes no linear that has no
       ``weight``: see :func:`guard_initialization`. Other models are initialized as before.
     """
@@ -33,6 +34,8 @@ def register() -> None:
     AutoConfig.register("rwkv7", RWKV7Config, exist_ok=True)
     AutoModel.register(RWKV7Config, RWKV7Model, exist_ok=True)
     AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM, exist_ok=True)
+    for config in (RWKV6Config, RWKV7Config):
+        AutoTokenizer.register(config, slow_tokenizer_class=RWKVWorldTokenizer, exist_ok=True)
     guard_initialization(RwkvPreTrainedModel)
 
 

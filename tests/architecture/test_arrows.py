@@ -38,7 +38,11 @@ def words(text: str) -> frozenset[str]:
 
 HOST = words("torch numpy transformers llmcompressor compressed_tensors loguru pydantic")
 OURS_BELOW = words("core models records files untrusted")  # what integrations stand on
-TENSORS = Rule(words("torch"), words("checkpoint untrusted"), words("core"))
+TENSORS = Rule(
+    words("torch"),
+    words("checkpoint untrusted core/bit_packing core/packed_codebook"),
+    words("core"),
+)
 # path of a folder or module -> its rule; the longest path that fits decides, whatever others say
 RULES: dict[str, Rule] = {
     "__init__": Rule(
@@ -47,7 +51,8 @@ RULES: dict[str, Rule] = {
     "untrusted": Rule(),  # every reader of files goes through it
     "core": Rule(words("torch numpy scipy"), words("untrusted")),
     "core/names": Rule(),
-    "models": Rule(words("torch"), words("core")),
+    "kernels": Rule(words("torch"), words("core")),
+    "models": Rule(words("torch"), words("core kernels")),
     "models/auto_class": Rule(words("transformers"), words("models")),  # its classes are the matter
     "models/expert_rules": Rule(words("transformers")),  # and here its rules
     "rwkv": Rule(words("torch transformers safetensors"), words("core models")),
@@ -84,7 +89,7 @@ RULES: dict[str, Rule] = {
     # room, and never the other way round
     "integrations/hf": Rule(
         HOST | words("safetensors datasets optimum"),
-        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint"},
+        OURS_BELOW | {LLM_COMPRESSOR, "integrations/hf", "checkpoint", "rwkv"},
     ),
     # likewise: llama.cpp's matrices and types are measured in llm-compressor's pass
     "integrations/llama_cpp": Rule(HOST | words("gguf"), OURS_BELOW | {LLM_COMPRESSOR}),

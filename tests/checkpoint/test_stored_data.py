@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from moeq_plugin.checkpoint import headers
-from moeq_plugin.checkpoint.codes import unpack
 from moeq_plugin.checkpoint.headers import files_stay_open, read_bytes, read_header
+from moeq_plugin.core.bit_packing import unpack_rows
 from moeq_plugin.untrusted.broken import UnreadableFileError
 
 
@@ -66,6 +66,6 @@ def test_codes_are_the_digits_of_the_number_that_the_words_spell(num_bits):
         num_words = -(-count * num_bits // 32)
         words = [n.to_bytes(4 * num_words, "little") for n in numbers]
         packed = torch.frombuffer(bytearray(b"".join(words)), dtype=torch.int32)
-        found = unpack(packed.view(3, num_words), num_bits, count)
+        found = unpack_rows(packed.view(3, num_words), num_bits, count)
         assert found.dtype == torch.int32
         assert found.tolist() == rows

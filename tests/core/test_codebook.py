@@ -5,13 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeq_plugin.core.bit_packing import pack_codes, unpack_codes
 from moeq_plugin.core.codebook import (
     CodebookFormat,
     dequantize_codebook,
     encode,
-    pack_codes,
     quantize_codebook,
-    unpack_codes,
 )
 
 FORMS = [

@@ -73,8 +73,10 @@ def recipe(case: str) -> list:
         ],
         "rotation": lambda: [ResidualRotationModifier(), fast(scheme="W4A16")],
         "own_text": lambda: [fast(scheme="W4A16", ebss=own_text)],
-        "codebooks": lambda: [RWKVQuantModifier(scalar_frac=0.9)],
-        "scalar_fallback": lambda: [RWKVQuantModifier(fallback_scheme={"num_bits": 4})],
+        "codebooks": lambda: [RWKVQuantModifier(scalar_frac=0.9, preset="fast")],
+        "scalar_fallback": lambda: [
+            RWKVQuantModifier(fallback_scheme={"num_bits": 4}, preset="fast")
+        ],
     }
     return made[case]()
 

@@ -29,7 +29,6 @@ from moeq_plugin.integrations.llm_compressor.rwkv.scheme_choice import (
     stored_bits_per_weight,
     weights_of_scheme,
 )
-from moeq_plugin.integrations.llm_compressor.solver_fields import Preset
 
 W3_GROUP_64 = {"num_bits": 3, "symmetric": False, "group_size": 64}  # the paper's scalar grid
 _BUDGET = (
@@ -94,7 +93,6 @@ class RWKVQuantModifier(RoutedModifier):
         refine_steps: see :func:`moeq_plugin.core.codebook_solver.solve_codebook`.
     """
 
-    preset: Preset = Preset.FAST  # codebooks have no scales to search
     scalar_frac: float = Field(default=0.9, ge=0, le=1)
     thresholds: tuple[float, float] | None = None
     gaps: Gaps = "quantile"
@@ -103,7 +101,7 @@ class RWKVQuantModifier(RoutedModifier):
     elementwise: CodebookFormat | None = CodebookFormat(3, 1, group_rows=1, group_columns=64)
     elementwise_weighted: bool = True
     elementwise_percentile: float = Field(default=99.0, gt=0, le=100)
-    refine_steps: int = Field(default=20, ge=0)
+    refine_steps: int = Field(default=8, ge=0)
 
     _encoded: dict[str, CodebookWeight] = PrivateAttr(default_factory=dict)
 

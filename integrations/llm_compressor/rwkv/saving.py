@@ -17,12 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moeq_plugin.core.codebook import CodebookWeight
-from moeq_plugin.models.packed import (
-    FORMAT_VERSION,
-    PackedFormat,
-    pack_modules,
-    packed_modules,
-)
+from moeq_plugin.core.packed_codebook import FORMAT_VERSION, PackedFormat
+from moeq_plugin.models.packed import pack_modules, packed_modules
 
 
 @torch.no_grad()

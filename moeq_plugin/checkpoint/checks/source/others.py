@@ -68,6 +68,7 @@ def _is_rewritten(name: str, rewrites: Rewrites) -> bool:
 def _missing(layout: Layout, originals: Originals) -> Iterator[Finding]:
     """Yield what the source has and the checkpoint has in no form, one finding for each kind."""
     here = {plain_name(module): tensors for module, tensors in layout.modules.items()}
+    in_codebooks = {plain_name(canonical(module)) for module in layout.checkpoint.codebooks}
     kinds: dict[str, list[str]] = {}
     predictions = _predictions(layout)
     for name in originals.source.checkpoint.tensors:
@@ -76,6 +77,7 @@ def _missing(layout: Layout, originals: Originals) -> Iterator[Finding]:
         is_there = found is not None and (suffix in found or suffix == "weight")
         if not predictions and is_prediction(name, layout.architecture.num_layers):
             continue
+        is_there = is_there or (module in in_codebooks and suffix == "weight")
         if not is_there and not _is_dispensable(layout, originals, module, name):
             kinds.setdefault(role_of(name), []).append(name)
     for names in kinds.values():

@@ -8,10 +8,11 @@ import torch
 
 from moeq_plugin.checkpoint.architecture import Linear
 from moeq_plugin.checkpoint.checks.findings import Finding, error
-from moeq_plugin.checkpoint.codes import read_tensor, unpack
+from moeq_plugin.checkpoint.codes import read_tensor
 from moeq_plugin.checkpoint.formats import num_groups
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.core.bit_packing import unpack_rows
 
 
 def check_gptq_tensors(layout: Layout, linear: Linear, scheme: Scheme) -> Iterator[Finding]:
@@ -25,7 +26,7 @@ def check_gptq_tensors(layout: Layout, linear: Linear, scheme: Scheme) -> Iterat
     elif layout.schemes.desc_act and scheme.group_size:
         yield error("group-index", found["qweight"].name, "desc_act is true, and there is no g_idx")
     if scheme.symmetric:
-        stored = unpack(read_tensor(found["qzeros"]), scheme.num_bits, linear.shape[0])
+        stored = unpack_rows(read_tensor(found["qzeros"]), scheme.num_bits, linear.shape[0])
         what = _odd_zero_points(stored, scheme)
         if what:
             yield error("zero-point", found["qzeros"].name, what)

@@ -1,0 +1,94 @@
+"""What commands do for RWKV, which transformers does not know: official files and folders."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from moeq_plugin.untrusted.reading import read_json
+
+_FEEDS_THE_STATE = r"re:.*\.att\.([wavg][12]|time_maa_w[12].*|time_decay_w[12])$"
+
+
+def is_official_rwkv(model: str) -> bool:
+    """Tell whether a model is an official file."""
+    return model.endswith(".pth")
+
+
+def is_rwkv(model: str) -> bool:
+    """Tell whether a model is an official file or a folder with an RWKV-6 or RWKV-7."""
+    config = Path(model) / "config.json"
+    if is_official_rwkv(model) or not config.is_file():
+        return is_official_rwkv(model)
+    return read_json(config).get("model_type") in ("rwkv6", "rwkv7")
+
+
+def know_rwkv(model: str) -> None:
+    """Make transformers know RWKV and its quantized checkpoints, if that is what the model is."""
+    if is_rwkv(model):
+        import moeq_plugin.integrations.hf  # noqa: F401
+
+
+def modifiers_for_rwkv(**settings: Any) -> list[Any]:
+    """Return the modifiers of a request that is a scheme, or nothing: codebooks then.
+
+    The low-rank factors stay in 16 bit, as the head does: what feeds the recurrent state is a few
+    per cent of the weights, and its errors add up from token to token.
+
+    Args:
+        **settings: fields of the modifier.
+    """
+    from moeq_plugin import RWKVQuantModifier
+
+    asked: dict[str, Any] = {
+        "scalar_frac": 1.0 if settings.keys() & {"scheme", "config_groups"} else 0.0
+    }
+    asked |= {"elementwise": None, "ignore": ["lm_head", _FEEDS_THE_STATE]}
+    return [RWKVQuantModifier(**{**asked, **settings})]
+
+
+def load_official(path: str, dtype: str) -> Any:
+    """Return the model of an official file.
+
+    Args:
+        path: of the file.
+        dtype: name of a dtype, or ``auto`` for that of the file.
+
+    Raises:
+        ValueError: if it is not there, or holds no RWKV-6 or RWKV-7.
+    """
+    import torch
+
+    from moeq_plugin.rwkv import load_pth
+
+    if not Path(path).is_file():
+        raise ValueError("there is no such file")
+    know_rwkv(path)
+    model = load_pth(path, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    model.name_or_path = path
+    # the host reads the configuration again from where the model is said to come from
+    folder = TemporaryDirectory(prefix="moeq-")
+    weakref.finalize(model, folder.cleanup)
+    model.config.save_pretrained(folder.name)
+    model.config.name_or_path = folder.name
+    return model
+
+
+def world_tokenizer(path: str) -> Any:
+    """Return the tokenizer of an official file.
+
+    Raises:
+        ValueError: if the model has another vocabulary than the world models.
+    """
+    from moeq_plugin.rwkv.official import read_pth
+    from moeq_plugin.rwkv.tokenizer import VOCABULARY_SIZE, RWKVWorldTokenizer
+
+    found = read_pth(path)["emb.weight"].shape[0]
+    if found != VOCABULARY_SIZE:
+        raise ValueError(
+            f"{path} has a vocabulary of {found}, not of {VOCABULARY_SIZE} as the world models: "
+            "load it with moeq_plugin.rwkv.load_pth and save it beside its own tokenizer"
+        )
+    return RWKVWorldTokenizer()

@@ -1,0 +1,1 @@
+"""Products of activations with packed weights, compiled on the machine that runs them."""
