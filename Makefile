@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 TORCH := 2.13.0
 
 .venv: FORCE
-	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,llama_cpp,report,eval,docs,dev]"
+	@.ci/environment .venv $(TORCH) -e ".[llmcompressor,llamacpp,report,eval,docs,dev]"
 
 demo: .venv  ## quantize the shipped model, compare with stock GPTQ, reload, generate
 	$(PYTHON) examples/demo.py

@@ -28,7 +28,7 @@ def gguf_package() -> ModuleType:
     except ImportError as error:
         raise ValueError(
             "llama.cpp's files are read and written by its package gguf, which is not installed: "
-            "pip install 'moeq-plugin[llama_cpp]'"
+            "pip install 'moeq-plugin[llamacpp]'"
         ) from error
     return gguf
 

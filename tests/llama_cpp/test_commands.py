@@ -82,7 +82,7 @@ def test_without_the_package_it_says_what_to_install(command, here, tmp_path, mo
     monkeypatch.setitem(sys.modules, "gguf", None)
     more = [] if command == "imatrix" else ["--bits-per-weight", "3"]
     done = run(command, here / "model", tmp_path / "out", *more)
-    refused(done, command, "pip install 'moeq-plugin[llama_cpp]'")
+    refused(done, command, "pip install 'moeq-plugin[llamacpp]'")
     assert not [*tmp_path.iterdir()]
 
 
