@@ -12,7 +12,6 @@ from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
-
 _BUDGETS = {"bits_per_weight", "size_gb", "allocation"}
 
 
