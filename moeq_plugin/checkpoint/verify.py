@@ -72,7 +72,7 @@ def verify_checkpoint(
 
 def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
     from moeq_plugin.checkpoint.checks.values import check_values  # loads torch
-    from moeq_plugin.checkpoint.checks.values.codebooks import check_codebooks
+    from moeq_plugin.checkpoint.checks.values.codebook_tensors import check_codebooks
 
     yield from layout.checkpoint.problems
     if any(found.check in INCOMPLETE for found in layout.checkpoint.problems):
@@ -100,7 +100,7 @@ def _findings(layout: Layout, target: str, tp: int) -> Iterator[Finding]:
 def _against_source(layout: Layout, source: Layout) -> Iterator[Finding]:
     from moeq_plugin.checkpoint.checks.source import check_source  # loads torch
     from moeq_plugin.checkpoint.checks.source.recipe import read_rewrites
-    from moeq_plugin.checkpoint.checks.values.codebooks import check_codebooks
+    from moeq_plugin.checkpoint.checks.values.codebook_tensors import check_codebooks
 
     here, there = layout.checkpoint, source.checkpoint
     rewrites = read_rewrites(here.directory)

@@ -132,7 +132,8 @@ def test_codebooks_are_solved_on_the_inputs_of_each_linear(model):
         moments.add(sequence)
     expected = solve_codebook(weight, moments.hessian, FORM)
 
-    oneshot(model, RWKVQuantModifier(scalar_frac=0.0, codebook=FORM, elementwise=None), data)
+    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=FORM, elementwise=None, preset="fast")
+    oneshot(model, recipe, data)
 
     torch.testing.assert_close(
         model.get_submodule(name).weight, expected.weight.decode(), rtol=1e-3, atol=1e-4
