@@ -6,12 +6,16 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from seeds import change, error
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
 BASELINE = "llm-compressor GPTQ"
+_HEADLINE = ("ours, fast", "ours, balanced", "ours, best", "AutoRound")
+_HEADLINE_GRIDS = ("W4 g128", "W3 g128", "W2 g64")
+
+T = TypeVar("T")
 
 
 class Cell(NamedTuple):
@@ -48,6 +52,26 @@ def losses() -> str:
         for reason, cells in _failures(found, model).items():
             lines.append(f"Failed, {', '.join(cells)}: {reason}\n")
     return "\n".join(lines)
+
+
+def headline() -> str:
+    """Return the changes of KL against the baseline in percent, for few contenders."""
+    found = measured()
+    columns = _unique((cell.model, cell.grid) for cell in found if cell.grid in _HEADLINE_GRIDS)
+    lines = ["| change of KL, % | " + " | ".join(f"{m}, {g}" for m, g in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    for name in _HEADLINE:
+        cells = [_changes(found, Cell(model, grid, name)) for model, grid in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _changes(found: Mapping[Cell, Seeds], cell: Cell) -> str:
+    base = found.get(cell._replace(contender=BASELINE), {})
+    seeds = found.get(cell, {})
+    changes = [100 * (r["kl"] / base[s]["kl"] - 1) for s, r in seeds.items() if s in base]
+    noise = f" ± {error(changes):.1f}" if len(changes) > 1 else ""
+    return f"{statistics.mean(changes):+.1f}{noise}" if changes else ""
 
 
 def costs() -> str:
@@ -115,7 +139,7 @@ def _contenders(found: Iterable[Cell], model: str) -> list[str]:
     return _unique(cell.contender for cell in found if cell.model == model)
 
 
-def _unique(names: Iterable[str]) -> list[str]:
+def _unique(names: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(names))
 
 

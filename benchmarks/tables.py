@@ -20,7 +20,7 @@ from domain_tables import calibration_sets
 from ingredient_tables import ingredients
 from llama_tables import llama_files
 from peer_figure import figure
-from peer_tables import costs, losses
+from peer_tables import costs, headline, losses
 from prior_tables import few_tokens
 from seeds import change, error
 
@@ -32,7 +32,7 @@ HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, 
 
 def main() -> None:
     pages = {
-        "README.md": {"losses": losses},
+        "README.md": {"losses": headline},
         "docs/llama_cpp.md": {"llama_files": llama_files},
         "docs/results.md": {
             "quality": quality,

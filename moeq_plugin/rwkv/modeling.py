@@ -206,11 +206,11 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
             A model in evaluation mode.
         """
         config = cls.config_class.of_tensors(tensors)
-        dtype = tensors["emb.weight"].dtype if dtype is None else dtype
-        config.dtype = dtype
         with torch.device("meta"):  # names and shapes only
             model = cls(config)
         state_dict = to_state_dict(tensors, model.state_dict(), cls.version)
+        dtype = tensors["emb.weight"].dtype if dtype is None else dtype
+        model.config.dtype = dtype
         for name, tensor in state_dict.items():
             fitting = tensor.to(dtype).contiguous()
             is_shared = fitting.data_ptr() == tensor.data_ptr()

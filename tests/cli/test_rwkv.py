@@ -83,7 +83,7 @@ def grids(model):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(None, "there is no such file"), (128, "has a vocabulary of 128")]
+    ("size", "expected"), [(None, "model.pth is not there"), (128, "has a vocabulary of 128")]
 )
 def test_what_cannot_be_read_is_refused_in_a_sentence(size, expected, tmp_path):
     path = tmp_path / "model.pth"
