@@ -69,7 +69,8 @@ def headline() -> str:
 def _changes(found: Mapping[Cell, Seeds], cell: Cell) -> str:
     base = found.get(cell._replace(contender=BASELINE), {})
     seeds = found.get(cell, {})
-    changes = [100 * (r["kl"] / base[s]["kl"] - 1) for s, r in seeds.items() if s in base]
+    pairs = [(r["kl"], base[s]["kl"]) for s, r in seeds.items() if "kl" in r and s in base]
+    changes = [100 * (ours / theirs - 1) for ours, theirs in pairs]
     noise = f" ± {error(changes):.1f}" if len(changes) > 1 else ""
     return f"{statistics.mean(changes):+.1f}{noise}" if changes else ""
 
