@@ -15,7 +15,10 @@ from moeq_plugin.cli.named_model import cached, check_named, is_id, local
 from moeq_plugin.cli.shared import errors, say, say_json
 
 runner = CliRunner()
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [
+    (command.name or command.callback.__name__).replace("_", "-")
+    for command in app.registered_commands
+]
 
 
 def cpu_seconds_of_children():

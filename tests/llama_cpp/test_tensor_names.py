@@ -67,5 +67,5 @@ def test_the_maps_of_the_package_stay_as_they_are():
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"pip install 'moeq-plugin\[llama_cpp\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'moeq-plugin\[llamacpp\]'"):
         gguf_package()
