@@ -23,7 +23,7 @@ _CORRECTION, _ROW_CORRECTION = 0.2, 0.5
 _UNRELATED = 0.25  # cosine; 0.40 at 2 bits
 # standard errors: of rows, of columns, whose errors are far from even, and of many single groups
 # (10.7, 10.6, 0.1 and 10.7 of corrected weights, 2.0, 5.4, 0 and 3.9 of others)
-_SCATTER = {"rows": 13.0, "columns": 12.0, "groups of columns": 6.0, "groups": 13.0}
+_SCATTER = {"rows": 11.0, "columns": 12.0, "groups of columns": 6.0, "groups": 11.0}
 _TINY = 1e-30
 _DEAD, _ALIVE = 1e-8, 1e-6  # squares, of a slice in itself and of a slice in the mean of all
 # the most that rounding to zero takes from a slice, where every weight is half a step
