@@ -67,12 +67,16 @@ def headline() -> str:
 
 
 def _changes(found: Mapping[Cell, Seeds], cell: Cell) -> str:
-    base = found.get(cell._replace(contender=BASELINE), {})
-    seeds = found.get(cell, {})
-    pairs = [(r["kl"], base[s]["kl"]) for s, r in seeds.items() if "kl" in r and s in base]
-    changes = [100 * (ours / theirs - 1) for ours, theirs in pairs]
+    changes = [100 * (ours / theirs - 1) for ours, theirs in _pairs(found, cell)]
     noise = f" ± {error(changes):.1f}" if len(changes) > 1 else ""
     return f"{statistics.mean(changes):+.1f}{noise}" if changes else ""
+
+
+def _pairs(found: Mapping[Cell, Seeds], cell: Cell) -> list[tuple[float, float]]:
+    """Return KL beside that of the baseline, of the seeds that have both."""
+    base = found.get(cell._replace(contender=BASELINE), {})
+    seeds = found.get(cell, {})
+    return [(r["kl"], base[s]["kl"]) for s, r in seeds.items() if "kl" in r and s in base]
 
 
 def costs() -> str:
@@ -110,8 +114,7 @@ def _loss(found: Mapping[Cell, Seeds], cell: Cell) -> str:
     values = [run["kl"] for run in good]
     noise = f" ± {error(values):.4f}" if len(values) > 1 else ""
     text = f"{statistics.mean(values):.4f}{noise}"
-    base = found.get(cell._replace(contender=BASELINE), {})
-    pairs = [(r["kl"], base[s]["kl"]) for s, r in seeds.items() if "kl" in r and s in base]
+    pairs = _pairs(found, cell)
     if cell.contender == BASELINE or not pairs:
         return text
     if len(pairs) == 1:

@@ -81,8 +81,6 @@ def load_weights(
     Raises:
         ValueError: if it cannot be loaded, whatever the reason, or not as a whole.
     """
-    from transformers import AutoConfig
-
     from moeq_plugin.models.auto_class import language_class_of
 
     if is_official_rwkv(model):
@@ -90,10 +88,8 @@ def load_weights(
             return load_official(model, dtype)
     with loading(model):
         know_rwkv(model)
-        if config is None:
-            config = AutoConfig.from_pretrained(
-                model, trust_remote_code=trust_remote_code, revision=revision or "main"
-            )
+    if config is None:
+        config = load_config(model, trust_remote_code=trust_remote_code, revision=revision)
     auto = language_class_of(config)
     with loading(model):
         return auto.from_pretrained(
@@ -105,8 +101,8 @@ def load_weights(
         )
 
 
-def load_text_config(model: str, *, trust_remote_code: bool) -> Any:
-    """Return the configuration of a model, directory or id, of the part that reads text.
+def load_config(model: str, *, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """Return the configuration of a model, directory or id.
 
     Raises:
         ValueError: if it cannot be loaded, whatever the reason.
@@ -114,8 +110,9 @@ def load_text_config(model: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     with loading(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        return config.get_text_config()
+        return AutoConfig.from_pretrained(
+            model, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None = None) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
-from moeq_plugin.cli.loading import TrustRemoteCode, load_text_config, run_oneshot
+from moeq_plugin.cli.loading import TrustRemoteCode, load_config, run_oneshot
 from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
@@ -63,7 +63,7 @@ def tensor_types(
         reads = {"MODEL": Path(model), "--gguf": gguf, **data.reads()}
         check_places(reads=reads, makes={"OUT": out, "--sensitivity": sensitivity})
         check_new_file("OUT", out, read_types)
-        config = load_text_config(model, trust_remote_code=trust_remote_code)
+        config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
         if sensitivity is not None and sensitivity.exists():
             table = SensitivityTable.load(sensitivity)
         else:
