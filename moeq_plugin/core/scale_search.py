@@ -12,12 +12,14 @@ candidate costs is judged before anything is compensated, by one of three measur
 * :func:`quadratic_cost`: ``e @ H_gg @ e``, with the group's own block of the Hessian.
 
 The codes of a symmetric grid run from ``-2^(b-1)`` to ``2^(b-1) - 1``. A negative scale turns them
-around, so that the code without a counterpart stands on the side where it is needed.
+around, so that the code without a counterpart stands on the side where it is needed. The zero point
+of an asymmetric grid is an integer; with few bits the nearest one is often not the better of the
+two around the exact place, and both are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -85,18 +87,31 @@ def search_scales(
     best = grid_of_range(low, high, grid)
     least = torch.full_like(best[0], torch.inf, dtype=torch.float32)
     for share in shares:
-        scale, zero_point = grid_of_range(low * share, high * share, grid)
-        for candidate in (scale, -scale) if signed else (scale,):
-            codes = nearest_code(groups, candidate[..., None], zero_point[..., None], grid)
-            points = point_of_code(codes, candidate[..., None], zero_point[..., None])
+        for candidate in _candidates(low * share, high * share, grid, signed):
+            codes = nearest_code(groups, candidate[0][..., None], candidate[1][..., None], grid)
+            points = point_of_code(codes, candidate[0][..., None], candidate[1][..., None])
             found = cost(groups - points.float())
             is_better = found < least
             least = torch.where(is_better, found, least)
             best = (
-                torch.where(is_better, candidate, best[0]),
-                torch.where(is_better, zero_point, best[1]),
+                torch.where(is_better, candidate[0], best[0]),
+                torch.where(is_better, candidate[1], best[1]),
             )
     return best
+
+
+def _candidates(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, signed: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the scales and zero points that reach from ``low`` to ``high``, or nearly so."""
+    scale, zero_point = grid_of_range(low, high, grid)
+    yield scale, zero_point
+    if signed:
+        yield -scale, zero_point
+    if not grid.symmetric:
+        is_above = grid.lowest - low / scale < zero_point
+        other = torch.where(is_above, zero_point - 1, zero_point + 1)
+        yield scale, other.clamp(grid.lowest, grid.highest)
 
 
 def power_cost(exponent: float) -> Cost:
