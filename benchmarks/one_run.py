@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from corpora import Corpus
 from llmcompressor import oneshot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.models.evaluation import evaluate
@@ -25,8 +25,15 @@ def one_run(
     Runs of a seed see the same calibration sequences in the same order. The time is that of the
     whole ``oneshot`` call, without loading the model.
     """
-    load = {"dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(corpus.model, **load)
+    model, cpu_s = quantized(corpus, grid, seed, num_sequences, fields)
+    return {**losses(model, load(corpus), corpus), "cpu_s": cpu_s}
+
+
+def quantized(
+    corpus: Corpus, grid: str, seed: int, num_sequences: int, fields: Mapping[str, object]
+) -> tuple[PreTrainedModel, float]:
+    """Return the model with rounded weights, and the CPU seconds of the ``oneshot`` call."""
+    model = load(corpus)
     num_bits, group_size = GRIDS[grid]
     weights = {"num_bits": num_bits, "strategy": "group", "group_size": group_size}
     group = {"targets": ["Linear"], "weights": weights}
@@ -41,12 +48,14 @@ def one_run(
         shuffle_calibration_samples=False,
         batch_size=8,
     )
-    cpu_s = time.process_time() - began
-    reference = AutoModelForCausalLM.from_pretrained(corpus.model, **load)
+    return model, time.process_time() - began
+
+
+def losses(model: PreTrainedModel, reference: PreTrainedModel, corpus: Corpus) -> dict[str, float]:
+    """Return KL divergence and perplexity on held-out text."""
     result = evaluate(model, reference, corpus.heldout_batches(HELDOUT, LENGTH))
-    return {
-        "kl": result.kl,
-        "kl_stderr": result.kl_stderr,
-        "perplexity": result.perplexity,
-        "cpu_s": cpu_s,
-    }
+    return {"kl": result.kl, "kl_stderr": result.kl_stderr, "perplexity": result.perplexity}
+
+
+def load(corpus: Corpus) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(corpus.model, dtype=torch.float32)
