@@ -93,6 +93,11 @@ def figure() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def colour_of(name: str) -> str:
+    """Return the colour of a contender."""
+    return next((of for part, of in COLOURS.items() if part in name), OTHERS)
+
+
 def _panel(
     title: str, points: dict[int, tuple[float, float]], names: Sequence[str], x: float, y: float
 ) -> list[str]:
@@ -116,9 +121,8 @@ def _panel(
 
 
 def _marker(x: float, y: float, number: int, name: str) -> list[str]:
-    colour = next((of for part, of in COLOURS.items() if part in name), OTHERS)
     return [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{colour}" stroke="{PAPER}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{colour_of(name)}" stroke="{PAPER}">'
         f"<title>{escape(name)}</title></circle>",
         f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle" font-size="10" '
         f'fill="{PAPER}" pointer-events="none">{number}</text>',

@@ -12,8 +12,8 @@ from seeds import change, error
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
 BASELINE = "llm-compressor GPTQ"
-_HEADLINE = ("ours, fast", "ours, balanced", "ours, best", "AutoRound")
-_HEADLINE_GRIDS = ("W4 g128", "W3 g128", "W2 g64")
+HEADLINE = ("ours, fast", "ours, balanced", "ours, best", "AutoRound")
+HEADLINE_GRIDS = ("W4 g128", "W3 g128", "W2 g64")
 
 T = TypeVar("T")
 
@@ -55,13 +55,15 @@ def losses() -> str:
 
 
 def headline() -> str:
-    """Return the changes of KL against the baseline in percent, for few contenders."""
+    """Return the changes of KL in percent, and times the CPU time, against the baseline."""
     found = measured()
-    columns = _unique((cell.model, cell.grid) for cell in found if cell.grid in _HEADLINE_GRIDS)
-    lines = ["| change of KL, % | " + " | ".join(f"{m}, {g}" for m, g in columns) + " |"]
-    lines += ["|---" * (len(columns) + 1) + "|"]
-    for name in _HEADLINE:
-        cells = [_changes(found, Cell(model, grid, name)) for model, grid in columns]
+    columns = _unique((cell.model, cell.grid) for cell in found if cell.grid in HEADLINE_GRIDS)
+    heads = [*(f"{model}, {grid}" for model, grid in columns), "CPU time / GPTQ's"]
+    lines = ["| change of KL, % | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in HEADLINE:
+        of_name = [Cell(model, grid, name) for model, grid in columns]
+        cells = [_changes(found, cell) for cell in of_name]
+        cells.append(_range([ratio for cell in of_name for ratio in _ratios(found, cell)]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -70,6 +72,23 @@ def _changes(found: Mapping[Cell, Seeds], cell: Cell) -> str:
     changes = [100 * (ours / theirs - 1) for ours, theirs in _pairs(found, cell)]
     noise = f" ± {error(changes):.1f}" if len(changes) > 1 else ""
     return f"{statistics.mean(changes):+.1f}{noise}" if changes else ""
+
+
+def _ratios(found: Mapping[Cell, Seeds], cell: Cell) -> list[float]:
+    """Return CPU time over that of the baseline, of the seeds that have both."""
+    base = found.get(cell._replace(contender=BASELINE), {})
+    runs = found.get(cell, {}).items()
+    return [
+        run["cpu_s"] / base[seed]["cpu_s"]
+        for seed, run in runs
+        if "cpu_s" in run and "cpu_s" in base.get(seed, {})
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    """Return the least and the largest to two digits, one number if they are the same."""
+    ends = [f"{float(f'{end:.2g}'):g}" for end in (min(values), max(values))] if values else []
+    return " to ".join(_unique(ends))
 
 
 def _pairs(found: Mapping[Cell, Seeds], cell: Cell) -> list[tuple[float, float]]:
@@ -91,12 +110,8 @@ def costs() -> str:
             of_grid = {g: found.get(Cell(model, g, contender), {}) for g in grids}
             cells = [_mean(_good(seeds), "perplexity", ".2f") for seeds in of_grid.values()]
             runs = [run for seeds in of_grid.values() for run in _good(seeds)]
-            ratios = [
-                run["cpu_s"] / found[Cell(model, grid, BASELINE)][seed]["cpu_s"]
-                for grid, seeds in of_grid.items()
-                for seed, run in seeds.items()
-                if "cpu_s" in run and seed in found.get(Cell(model, grid, BASELINE), {})
-            ]
+            of_name = (Cell(model, grid, contender) for grid in grids)
+            ratios = [ratio for cell in of_name for ratio in _ratios(found, cell)]
             cells.append(_median(runs, "cpu_s", ".1f"))
             cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
             cells += [_median(runs, key, ".0f") for key in ("peak_mib", "peak_mib_above_loading")]

@@ -1,4 +1,4 @@
-"""Write the tables of the README and the docs, and a figure, from the committed results.
+"""Write the tables of the README and the docs, and two figures, from the committed results.
 
     python benchmarks/tables.py [--check]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ablation_tables import ablation, effects
 from domain_tables import calibration_sets
+from headline_figure import headline_figure
 from ingredient_tables import ingredients
 from llama_tables import llama_files
 from peer_figure import figure
@@ -32,7 +33,7 @@ HEADLINE = ("MoEQuant", "ModelOpt-style", "GEMQ Fisher", "MxMoE norm", "MC-MoE, 
 
 def main() -> None:
     pages = {
-        "README.md": {"losses": headline},
+        "README.md": {"losses": headline, "families": families},
         "docs/llama_cpp.md": {"llama_files": llama_files},
         "docs/results.md": {
             "quality": quality,
@@ -65,8 +66,8 @@ def main() -> None:
             "processes": processes,
         },
     }
-    drawing = ROOT / "docs" / "peers.svg"
-    texts = {drawing: figure()}
+    docs = ROOT / "docs"
+    texts = {docs / "peers.svg": figure(), docs / "headline.svg": headline_figure()}
     for name, tables in pages.items():
         page = ROOT / name
         new = page.read_text()
@@ -80,6 +81,21 @@ def main() -> None:
         sys.exit(f"not what benchmarks/results say: {stale}" if stale else 0)
     for path, text in texts.items():
         path.write_text(text)
+
+
+def families() -> str:
+    """Return how many families of transformers are quantized and refused, as their page has it."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    counts = re.search(
+        r"has (\d+) families.*?: (\d+) come out .*?, (\d+) are refused", page, re.DOTALL
+    )
+    assert counts is not None, "docs/models.md has another sentence"
+    whole, good, refused = counts.groups()
+    return (
+        f"All {whole} Mixture-of-Experts families of transformers were tried with tiny models: "
+        f"{good} are quantized, verified and\nread back bit by bit, {refused} are refused in a "
+        "sentence before calibration ([docs/models.md](docs/models.md)).\n"
+    )
 
 
 def quality() -> str:
@@ -271,7 +287,7 @@ def scaled() -> str:
 def layer_memory() -> str:
     """Return the predicted memory of one layer of whole models, in gigabytes."""
     lines = [
-        "| GB | weights | second moments | token sample | activations | solver, CPU | peak, CPU "
+        "| GB | weights | Hessians | token sample | activations | solver, CPU | peak, CPU "
         "| solver, GPU | peak, GPU |",
         "|---" * 9 + "|",
     ]

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from moeq_plugin.cli import app
+from moeq_plugin.core.allocation import Allocation
+from moeq_plugin.core.sensitivity import SensitivityTable
 
 runner = CliRunner()
 MODEL = str(Path(__file__).parents[1] / "examples" / "assets" / "tiny_moe")
@@ -76,6 +79,13 @@ def test_a_plan_is_measured_once_and_quantized_from(tiny):
     assert again.exit_code == 0, again.output
     assert again.output.count("bits per weight") == 2
     assert table.read_bytes() == before
+
+    for_programs = runner.invoke(app, [*request, "--json"])
+    (found,) = json.loads(for_programs.stdout)["allocations"]
+    chosen = Allocation.load(allocation)
+    assert found["num_linears"] == Counter(chosen.choice.values())
+    assert found["tensor_bytes"] == chosen.num_bytes + SensitivityTable.load(table).fixed_bytes
+    assert found["predicted_loss"] == pytest.approx(chosen.value)
 
     request = ["quantize", str(tiny / "model"), str(tiny / "out"), "--allocation", str(allocation)]
     done = runner.invoke(app, [*request, "--dataset", str(tiny / "data.jsonl")])

@@ -58,7 +58,7 @@ def check_stack(modifier: GPTQModifier, model: nn.Module, layers: list[MoELayer]
     if calibrated and pipeline not in {None, "independent"}:
         raise ValueError(
             f"pipeline={pipeline!r} runs {type(calibrated[0]).__name__} and {name} in one pass, so "
-            "second moments would be those of the model before it. Leave `pipeline` out: each "
+            "Hessians would be those of the model before it. Leave `pipeline` out: each "
             "modifier gets a pass of its own."
         )
     if not layers:

@@ -29,6 +29,7 @@ _RWKV_READERS = {
     "transformers": ("only after `import moeq_plugin.integrations.hf`",),
     "gguf": ("nothing here writes it",),
 }
+_UNKNOWN = "whether it has this architecture is not known here"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,11 @@ def inspect_model(path: str | Path, build: Build | None = None) -> Overview:
         except ValueError as error:
             refusal = str(error)
     fused = [layer for layer in layout.architecture.moe_layers if layout.is_fused(layer)]
-    return replace(_overview(layout, "fused" if fused else "separate"), refusal=refusal)
+    found = _overview(layout, "fused" if fused else "separate")
+    if not refusal:
+        return found
+    readers = {reader: [*limits, _UNKNOWN] for reader, limits in found.readers.items()}
+    return replace(found, readers=readers, refusal=refusal)
 
 
 def _of_config(content: dict[str, Any], path: Path) -> Overview:

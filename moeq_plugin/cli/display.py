@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -148,6 +149,8 @@ def log_to(console: Console) -> None:
         for line in text.rstrip("\n").splitlines():
             console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
 
+    # torch remarks once that it is being traced, which is how a model is cut into layers
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     logger.remove()
     logger.add(
         show,

@@ -47,7 +47,8 @@ def evaluate(
         ),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="auto spreads a model over devices; default: one device")
+        str | None,
+        typer.Option(help="auto spreads a model over devices; or the one device, such as cuda:1"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result, for `moeq report`")
@@ -66,7 +67,9 @@ def evaluate(
         _check_places(out, reference, [Path(base), Path(quant), *(text or ())])
         from moeq_plugin.cli.quality import check_request, summary
 
-        check_request(text or (), names, seq_len, num_sequences, batch_size, dtype, reference)
+        check_request(
+            text or (), names, seq_len, num_sequences, batch_size, dtype, reference, device_map
+        )
         with display(phases=["reference", "evaluate"], jsonl=False):
             from moeq_plugin.cli.measure import Models
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from moeq_plugin.cli.loading import TrustRemoteCode, device, load_model
+from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
 
 
@@ -25,6 +26,7 @@ def generate(
         typer.Exit: with code 2 if the model cannot be loaded.
     """
     with errors("generate"):
+        check_named(model)
         import torch
 
         loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)

@@ -119,7 +119,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None 
     """Return the tokenizer of a model, directory or id.
 
     Raises:
-        ValueError: if it cannot be loaded, whatever the reason.
+        ValueError: if it cannot be loaded, whatever the reason, or is not there.
     """
     from transformers import AutoTokenizer
 
@@ -127,9 +127,15 @@ def load_tokenizer(model: str, *, trust_remote_code: bool, revision: str | None 
         return world_tokenizer(model)
     with loading(model):
         know_rwkv(model)
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
+    if len(found) <= len(found.all_special_tokens):  # what transformers makes of no files at all
+        raise ValueError(
+            f"{model} has no tokenizer: copy tokenizer.json and what else belongs to it from where "
+            "the model is from"
+        )
+    return found
 
 
 @contextmanager

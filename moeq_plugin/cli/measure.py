@@ -67,10 +67,11 @@ class Models:
     def _placed(self, model: Any) -> Any:
         if self.device_map is None:
             return model.to(device())
+        if self.device_map != "auto":
+            return model.to(self.device_map)
         from accelerate import dispatch_model, infer_auto_device_map
 
-        spread = infer_auto_device_map(model) if self.device_map == "auto" else self.device_map
-        return dispatch_model(model, spread)
+        return dispatch_model(model, infer_auto_device_map(model))
 
 
 def measure_side_by_side(

@@ -30,6 +30,7 @@ def of_request(model: str, *, target: str, work_dir: str, **settings: Any) -> li
     from moeq_plugin import MoEQuantModifier
 
     _check_observer(settings.get("weight_observer"))
+    _check_patterns(settings.get("ignore"))
     if "scheme" in settings:
         settings |= of_scheme(settings.pop("scheme"))
     if is_rwkv(model) and not settings.keys() & _BUDGETS:
@@ -50,6 +51,18 @@ def _check_observer(name: str | None) -> None:
     known = {str(of).replace("-", "_") for of in Observer.registered_names()}
     if name is not None and name.replace("-", "_") not in known:
         raise ValueError(f"--weight-observer: expected one of {', '.join(sorted(known))}")
+
+
+def _check_patterns(ignore: list[str] | None) -> None:
+    """Refuse what looks like a pattern and is none.
+
+    Raises:
+        ValueError: quoting it.
+    """
+    try:
+        check_content(ignore)
+    except ValueError as error:
+        raise ValueError(f"--ignore: {error}") from None
 
 
 def of_scheme(scheme: str) -> dict[str, Any]:

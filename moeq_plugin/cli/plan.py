@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +12,18 @@ from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, Num
 from moeq_plugin.cli.display import display
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
 from moeq_plugin.cli.named_model import check_named, local
-from moeq_plugin.cli.shared import app, errors, say
+from moeq_plugin.cli.planned import (
+    allocation_dict,
+    allocation_line,
+    plan_dict,
+    plan_lines,
+    prediction_line,
+)
+from moeq_plugin.cli.shared import app, errors, say, say_json
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.plan import Plan
-    from moeq_plugin.core.allocation import Allocation
-    from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.cli.probe import Prediction
 
 
 @app.command()
@@ -48,6 +53,7 @@ def plan(
     allocation: Annotated[
         Path | None, typer.Option(help="where to write the allocation of the last budget")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what quantizing a model gives, from its headers; or allocate bits to budgets.
@@ -56,131 +62,105 @@ def plan(
         typer.Exit: with code 2 if the request cannot be met.
     """
     data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
-    if sensitivity is None:
-        if bits_per_weight or allocation is not None:
-            say("moeq plan: budgets and allocations need --sensitivity", err=True)
-            raise typer.Exit(2)
-        with errors("plan"):
-            for line in _from_headers(model, scheme, tp):
-                say(line)
-            if probe:
-                say(_probe(model, scheme, data, trust_remote_code))
-        return
-    from moeq_plugin.core.allocation import Allocation, BitBudget, pareto_front
-    from moeq_plugin.core.sensitivity import SensitivityTable
-    from moeq_plugin.files.atomic import write_whole
-    from moeq_plugin.files.places import check_new_file, check_places
-
     with errors("plan"):
-        check_named(model)
-        data.check()
-        reads = {"MODEL": Path(model), **data.reads()}
-        check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
-        check_new_file("--allocation", allocation, Allocation.load)
-        if not sensitivity.exists():
-            check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
-            _measure(model, sensitivity, data, option, trust_remote_code)
-        table = SensitivityTable.load(sensitivity)
-        budgets = [BitBudget(bits_per_weight=bits) for bits in bits_per_weight or ()]
-        front = pareto_front(table, budgets, target=target, robust=robust)
-        for found in front:
-            say(_in_words(found, table))
-        if allocation is not None and front:
-            write_whole(allocation, front[-1].save)
+        if sensitivity is not None:
+            _check_tables(model, data, sensitivity, allocation)
+            if not sensitivity.exists():
+                _measure(model, sensitivity, data, option, trust_remote_code)
+            _allocate(sensitivity, bits_per_weight or [], target, robust, allocation, as_json)
+            return
+        _check_tableless(bits_per_weight, allocation, data if probe else None)
+        directory = local(model)
+        found = _from_headers(directory, scheme, tp)
+        if not as_json:
+            for line in plan_lines(found, scheme, directory):
+                say(line)
+        predicted = _probe(directory, found, scheme, data, trust_remote_code) if probe else None
+        if as_json:
+            say_json(json.dumps(plan_dict(found, scheme, directory, predicted), indent=1))
+        elif predicted is not None:
+            say(prediction_line(predicted))
 
 
-def _in_words(found: Allocation, table: SensitivityTable) -> str:
-    counts = Counter(found.choice.values())
-    chosen = ", ".join(f"{counts[o]} {o}" for o in table.options if o in counts)
-    size = (found.num_bytes + table.fixed_bytes) / 1e9
-    return (
-        f"{found.bits_per_weight:.4f} bits per weight, {size:.4g} GB: predicted loss "
-        f"{found.value:.4g}; {chosen}"
-    )
-
-
-def _from_headers(model: str, scheme: str, tp: int) -> Iterator[str]:
-    """Yield what quantization will do and write, and what servers will not do with it."""
-    from moeq_plugin.checkpoint.plan import plan_quantization
-    from moeq_plugin.checkpoint.presets import scheme_named
-    from moeq_plugin.cli.built import build
-
-    parsed = scheme_named(scheme)
-    found = plan_quantization(local(model), parsed, tp=tp, build=build)
-    arch = found.architecture
-    yield (
-        f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
-        f"experts, {arch.top_k} per token, {arch.num_shared} shared"
-    )
-    roles = Counter(found.kept.values())
-    yield (
-        f"quantized: {len(found.quantized)} linears, {found.quantized_frac:.1%} of all parameters, "
-        f"to {parsed.describe()}; in 16 bit: "
-        + (", ".join(f"{count} x {role}" for role, count in roles.items()) or "no linear")
-    )
-    file = "several files" if found.file_bytes is None else f"a file of {found.file_bytes} bytes"
-    yield f"{found.source_bytes} bytes of tensors become {found.tensor_bytes}, {file}"
-    yield _in_short(found, local(model))
-    if found.num_copied:
-        yield (
-            f"next-token prediction: {found.num_copied} tensors of {found.copied_bytes} bytes "
-            "among them, copied as they are: transformers does not load them, servers draft "
-            "with them"
-        )
-    if found.misfits:
-        some = ", ".join(found.misfits[:3])
-        yield (
-            f"refused: groups of {parsed.group_size} do not divide the columns of "
-            f"{len(found.misfits)} linears ({some}): use another group size, such as {scheme}_G32, "
-            "or `ignore` them"
-        )
-    for warning in found.warnings:
-        yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"
-
-
-def _in_short(found: Plan, model: Path) -> str:
-    """Return sizes in the units that people buy memory in, with what serving takes."""
-    from moeq_plugin.checkpoint.serving_memory import cache_bytes_per_token
-    from moeq_plugin.report.section import size
-    from moeq_plugin.untrusted.reading import read_json
-
-    cache = cache_bytes_per_token(read_json(model / "config.json"))
-    of_cache = "" if cache is None else f" and {size(1000 * cache)} for 1,000 tokens of context"
-    return (
-        f"{size(found.source_bytes)} become {size(found.tensor_bytes)}; a server needs "
-        f"{size(found.tensor_bytes)} for the weights{of_cache}"
-    )
-
-
-def _probe(model: str, scheme: str, data: Data, trust_remote_code: bool) -> str:
-    """Predict time and memory from a run on a few layers.
+def _check_tableless(
+    bits: list[float] | None, allocation: Path | None, probed: Data | None
+) -> None:
+    """Refuse what needs a table or data, before anything is printed.
 
     Raises:
-        ValueError: if there is no data to run them on.
+        ValueError: naming the option that is missing.
     """
+    if bits or allocation is not None:
+        raise ValueError("budgets and allocations need --sensitivity")
+    if probed is not None and not probed.sources:
+        raise ValueError("--probe needs --dataset FILE, the data that will calibrate")
+    if probed is not None:
+        probed.check()
+
+
+def _from_headers(model: Path, scheme: str, tp: int) -> Plan:
     from moeq_plugin.checkpoint.plan import plan_quantization
     from moeq_plugin.checkpoint.presets import scheme_named
     from moeq_plugin.cli.built import build
+
+    return plan_quantization(model, scheme_named(scheme), tp=tp, build=build)
+
+
+def _check_tables(model: str, data: Data, sensitivity: Path, allocation: Path | None) -> None:
+    """Refuse places that would overwrite something else, before anything is loaded."""
+    from moeq_plugin.core.allocation import Allocation
+    from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.places import check_new_file, check_places
+
+    check_named(model)
+    data.check()
+    reads = {"MODEL": Path(model), **data.reads()}
+    check_places(reads=reads, makes={"--allocation": allocation, "--sensitivity": sensitivity})
+    check_new_file("--allocation", allocation, Allocation.load)
+    if not sensitivity.exists():
+        check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
+
+
+def _allocate(
+    sensitivity: Path,
+    bits: list[float],
+    target: str,
+    robust: bool,
+    allocation: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what every budget gives, and write the choice for the last one where asked to."""
+    from moeq_plugin.core.allocation import BitBudget, pareto_front
+    from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.atomic import write_whole
+
+    table = SensitivityTable.load(sensitivity)
+    budgets = [BitBudget(bits_per_weight=each) for each in bits]
+    front = pareto_front(table, budgets, target=target, robust=robust)
+    if allocation is not None and front:
+        write_whole(allocation, front[-1].save)
+    if as_json:
+        found = [allocation_dict(of, table) for of in front]
+        say_json(json.dumps({"schema_version": 1, "allocations": found}, indent=1))
+        return
+    for of in front:
+        say(allocation_line(of, table))
+
+
+def _probe(
+    model: Path, planned: Plan, scheme: str, data: Data, trust_remote_code: bool
+) -> Prediction:
+    """Predict time and memory from a run on a few layers."""
     from moeq_plugin.cli.probe import predict
 
-    if not data.sources:
-        raise ValueError("--probe needs --dataset FILE, the data that will calibrate")
-    data.check()
-    directory = local(model)
-    planned = plan_quantization(directory, scheme_named(scheme), build=build)
-    found = predict(
-        str(directory),
+    return predict(
+        str(model),
         scheme,
         data,
         num_layers=planned.architecture.num_layers,
         moe_layers=planned.architecture.moe_layers,
         source_bytes=planned.source_bytes,
         trust_remote_code=trust_remote_code,
-    )
-    return (
-        f"probe of {found.num_layers} layers on {found.num_sequences} sequences: quantizing takes "
-        f"{found.cpu_seconds:.0f} s of CPU time, {found.seconds:.0f} s as busy as the machine is "
-        f"now, and {found.peak_bytes / 2**20:.0f} MiB of memory"
     )
 
 
@@ -198,4 +178,4 @@ def _measure(
     with display(phases=["measure"], jsonl=False):
         run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **data.or_written())
     write_whole(path, modifier.table.save)
-    say(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options")
+    say(f"{path}: {len(modifier.table.rows)} linears at {len(modifier.options)} options", err=True)

@@ -21,6 +21,7 @@ def check_request(
     batch_size: int,
     dtype: str,
     reference: Path | None,
+    device_map: str | None,
 ) -> None:
     """Refuse what cannot be measured, before anything is loaded.
 
@@ -35,6 +36,13 @@ def check_request(
         raise ValueError("--reference keeps predictions on texts: give --text, and no --tasks")
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if device_map not in (None, "auto"):
+        try:
+            torch.device(device_map)
+        except RuntimeError:
+            raise ValueError(
+                f"--device-map: expected auto or a device such as cpu or cuda:1, got {device_map!r}"
+            ) from None
 
 
 def read_windows(tokenizer: Any, path: Path, seq_len: int, num_sequences: int) -> torch.Tensor:

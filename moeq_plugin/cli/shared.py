@@ -13,12 +13,13 @@ from typing import Annotated, TextIO
 import typer
 
 from moeq_plugin import __version__
+from moeq_plugin.cli.commands import Commands
 from moeq_plugin.cli.extras import install_line
 from moeq_plugin.cli.validation import in_words, is_validation_error
 from moeq_plugin.untrusted.broken import origin, sentence
 from moeq_plugin.untrusted.text import harmless
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 # by these a command ends as it is told to
 _ENDS = (typer.Exit, typer.Abort, typer.BadParameter)

@@ -241,7 +241,7 @@ def _allocate(
 
 def _units_of(table: SensitivityTable, target: str) -> _Units:
     if target not in table.units:
-        raise ValueError(f"the table has units for {sorted(table.units)}, not for {target!r}")
+        raise ValueError(f"the table has units for {sorted(table.units)}, not for {str(target)!r}")
     labels = tuple(dict.fromkeys(table.units[target]))
     index = {label: i for i, label in enumerate(labels)}
     of_row = np.array([index[label] for label in table.units[target]])
@@ -280,8 +280,8 @@ def _infeasible(
         asked = f"{budget.size_gb:g}"
         unit = f"GB, of which {table.fixed_bytes / 1e9} GB are not quantized"
     return (
-        f"a budget of {asked} is too small: for target {target!r} the options reach from {low} "
-        f"to {high} {unit}; raise the budget or add a smaller option"
+        f"a budget of {asked} is too small: for target {str(target)!r} the options reach from "
+        f"{low} to {high} {unit}; raise the budget or add a smaller option"
     )
 
 

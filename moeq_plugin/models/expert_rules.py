@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ _FUSED = {
 }
 # of a quantized model, transformers (``quantizers.base``) builds their experts one by one
 _ONE_BY_ONE = ("llama4", "llama4_text")
+_PLAIN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+# what the rules come to for the families that we know, where transformers is not there to be asked
+_WITHOUT_TRANSFORMERS: Mapping[str, Mapping[str, str]] = {
+    "mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"), _PLAIN),
+    "gpt_oss": {},
+}
 _PER_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight\$?$")
 
 
@@ -45,18 +53,23 @@ def names_by_config(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the same for a model of which only the config is known.
 
     Rules belong to the model types and classes that a model is made of. The config names those
-    that have a rule for experts: the whole model, and the part of it that reads text.
+    that have a rule for experts: the whole model, and the part of it that reads text. Of a family
+    that we do not know, only transformers knows the rules, and it has to be installed.
 
     Args:
         config: the content of ``config.json``.
     """
+    if find_spec("transformers") is None:
+        known = _WITHOUT_TRANSFORMERS.get(str(config.get("model_type")))
+        if known is not None:
+            return dict(known)
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     names: dict[str, str] = {}
     for owner in _owners(config):
         names |= names_in_checkpoint(get_checkpoint_conversion_mapping(owner) or ())
         if owner in _ONE_BY_ONE:
-            names |= {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+            names |= _PLAIN
     return names
 
 

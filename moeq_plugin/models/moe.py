@@ -148,8 +148,8 @@ def _moe_layers(model: nn.Module) -> Iterator[MoELayer]:
         if len(inspect.signature(experts.forward).parameters) < 3:
             raise UnsupportedModelError(
                 f"{block_name}.experts ({type(experts).__name__}) takes hidden states only: the "
-                "router's score multiplies the expert's input (Llama-4), so its second moments "
-                "are weighted already and affinity weights would square them. Pass the model as "
+                "router's score multiplies the expert's input (Llama-4), so its Hessian "
+                "is weighted already and affinity weights would square them. Pass the model as "
                 "from_pretrained loads it, whose blocks are taken apart first, or use "
                 "llm-compressor's GPTQModifier."
             )

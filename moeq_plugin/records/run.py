@@ -115,7 +115,7 @@ class RunRecord:
         few = f"{num_few} on fewer tokens than they need, " if num_few else ""
         return (
             f"quantized {len(self.linears)} of {num_targets} linears, "
-            f"{self.count(Basis.SHRUNK)} on second moments mixed with the layer's, "
+            f"{self.count(Basis.SHRUNK)} on Hessians mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
             f"{few}{self.count(Basis.NONE)} rounded to nearest{tail}"
         )
@@ -130,7 +130,7 @@ class RunRecord:
             tail += f"; fewest effective tokens {fewest:.1f} ({worst})"
         return (
             f"smoothed {len(bases)} of {len(bases) + len(self.left_out)} modules, {len(weighted)} "
-            f"of them weighted by a router, {bases.count(Basis.SHRUNK)} on second moments mixed "
+            f"of them weighted by a router, {bases.count(Basis.SHRUNK)} on Hessians mixed "
             f"with the layer's, {bases.count(Basis.LAYER)} on the layer's alone{tail}"
         )
 

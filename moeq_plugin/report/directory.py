@@ -105,13 +105,15 @@ def read_directory(directory: Path, *, evaluation: Path | None = None) -> Findin
     if evaluation is not None and not evaluation.is_file():
         raise ValueError(f"{evaluation} is not a file; expected what `moeq eval --json` wrote")
     found = Findings(directory)
-    file = directory / quality.FILE_NAME if evaluation is None else evaluation
     has_record = (directory / RECORD_FILE).exists()
     found.records = (_read(found, directory, RunRecord.load) if has_record else None) or []
     found.config = _read(found, directory / "config.json", _json) or {}
     found.table = _read(found, directory / SENSITIVITY_FILE, _json)
     found.allocation = _read(found, directory / ALLOCATION_FILE, _json)
-    found.quality = _read(found, file, QualityRecord.load)
+    if evaluation is not None:  # asked for by name, so that it is no footnote if it is none
+        found.quality = QualityRecord.load(evaluation)
+    else:
+        found.quality = _read(found, directory / quality.FILE_NAME, QualityRecord.load)
     found.stored = _read(found, directory, read_stored)
     if not (found.records or found.config):
         raise ValueError(

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from moeq_plugin.checkpoint.plan import plan_quantization
+from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.cli import app
 
 runner = CliRunner()
@@ -50,6 +52,17 @@ def test_verify_shows_some_findings_and_counts_the_others(sound, tmp_path):
     assert done.output.count("error: ") == 5
     assert "and 4 more [missing-tensor]" in done.output
     assert "9 errors" in done.output
+
+
+def test_a_plan_for_programs_is_what_is_planned():
+    plan = plan_quantization(TINY, scheme_named("W4A16_G64"), tp=2)
+    done = runner.invoke(app, ["plan", str(TINY), "--scheme", "W4A16_G64", "--tp", "2", "--json"])
+    found = json.loads(done.stdout)
+    assert (found["family"], found["num_experts"], found["probe"]) == ("qwen3_moe", 16, None)
+    assert found["quantized"] == list(plan.quantized)
+    assert found["kept"] == plan.kept
+    assert (found["tensor_bytes"], found["file_bytes"]) == (plan.tensor_bytes, plan.file_bytes)
+    assert [of["what"] for of in found["warnings"]] == [of.what for of in plan.warnings]
 
 
 @pytest.fixture

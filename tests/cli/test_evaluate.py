@@ -78,7 +78,11 @@ def test_predictions_that_are_kept_stand_for_the_model(tiny, tmp_path):
     request = ["--text", tiny / "text.txt", "--seq-len", 40, "--num-sequences", 6]
     kept = ["--reference", tmp_path / "reference.safetensors"]
     spread = ["--device-map", "auto"]
-    for more in (["--json", side, *spread], [*kept, "--json", after], [*kept, "--json", again]):
+    for more in (
+        ["--json", side, *spread],
+        [*kept, "--device-map", "cpu", "--json", after],
+        [*kept, "--json", again],
+    ):
         done = invoke(tiny, *request, *more)
         assert done.exit_code == 0, done.output
     one, *others = (QualityRecord.load(path) for path in (side, after, again))

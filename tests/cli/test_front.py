@@ -61,6 +61,8 @@ def test_help_says_nothing_of_exceptions(command):
     [
         ["quantize", "no/such/model", "out", "--scheme", "W4A16"],
         ["sample", "./no-model", "set.jsonl"],
+        ["generate", "no-model", "hello"],
+        ["imatrix", "no-model", "matrix.gguf"],
         ["eval", "no-model", "neither", "--text", "t"],
         ["inspect", "no-model"],
         ["plan", "no-model"],

@@ -67,7 +67,7 @@ def test_a_table_that_cannot_be_solved_is_a_gap_and_a_warning(tmp_path):
 
 def test_a_wrong_request_is_a_message_and_exit_code_2(tmp_path, monkeypatch):
     for arguments, message in (
-        ([tmp_path / "none"], "none is not a directory"),
+        ([tmp_path / "none"], "none is not there"),
         ([tmp_path], "neither moeq_run.json nor config.json"),
         ([write_checkpoint(tmp_path / "w4"), "--evaluation", "no.json"], "no.json is not a file"),
         ([tmp_path / "w4", "--out", tmp_path / "no" / "r.html"], "r.html"),

@@ -30,6 +30,9 @@ def here(tmp_path, monkeypatch):
     Path("empty.jsonl").write_text("")
     Path("sheet.xlsx").write_text("PK")
     Path("a_folder").mkdir()
+    Path("bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("bare", name).symlink_to(Path(MODEL, name))
     for name, text in RECIPES.items():
         Path(name).write_text(text)
     return tmp_path
@@ -50,8 +53,12 @@ WRONG = [
     (quantize(*W4, "--num-calibration-samples", "0"), "0 were asked for"),
     ([*quantize(*W4)[:-1], "-5"], "max_seq_length is -5"),
     (quantize(*W4, "--option", "W3A16"), "--option is for a budget"),
+    (quantize(*W4, "--ignore", "re:("), "--ignore: '(' is no pattern"),
+    (quantize("--scheme", "W4A16_G48"), "use group_size 128 for these modules"),
+    (quantize(*W4, "--shceme", "W4A16"), "no such option: --shceme"),
+    (quantize(*W4, "--seed", "many"), "invalid value for '--seed'"),
     (quantize(*W4, "--size-gb", "3"), "exactly one of"),
-    (quantize("--bits-per-weight", "0.5"), "0.5 is too small"),
+    (quantize("--bits-per-weight", "0.5"), "0.5 is too small: for target 'vllm' the options"),
     (quantize("--recipe", "bad.yaml"), "is not a recipe"),
     (quantize("--recipe", "unknown.yaml"), "NoModifier"),
     (quantize("--recipe", "field.yaml"), "affinty_power"),
@@ -69,7 +76,19 @@ WRONG = [
     (["verify", MODEL, "--target", "x"], "target must be one of"),
     (["convert", MODEL, "out", "--to", "foo"], "unknown format 'foo'"),
     (["sample", MODEL, "set.jsonl", "--num-sequences", "0"], "num_sequences must be at least 1"),
+    (["plan", MODEL, "--probe"], "--probe needs --dataset"),
     (["report", "a_folder"], "neither moeq_run.json nor config.json"),
+    (["report", "nowhere"], "nowhere is not there"),
+    (
+        ["report", MODEL, "--out", "p.html", "--evaluation", "bad.yaml"],
+        "not a record of `moeq eval",
+    ),
+    (
+        ["eval", MODEL, MODEL, "--text", "data.jsonl", "--device-map", "no"],
+        "--device-map: expected",
+    ),
+    (["quantize", "bare", "out", *W4, "--dataset", "data.jsonl"], "bare has no tokenizer"),
+    (["quantize", MODEL], "missing argument"),
 ]
 
 
@@ -80,7 +99,8 @@ def test_it_is_a_line_and_exit_code_2(arguments, said, here):
     assert done.exit_code == 2, done.output
     lines = [line for line in done.stderr.splitlines() if not line.startswith("calibrating on ")]
     assert said in lines[0]
-    assert lines[0].startswith(f"moeq {arguments[0]}: ")
+    program = "" if "see `" in lines[0] else "moeq "  # of a test it is nameless
+    assert f"{program}{arguments[0]}: " in lines[0]
     assert len(lines) <= 2
     assert "pydantic" not in done.output and "Traceback" not in done.output
     assert done.stdout == ""

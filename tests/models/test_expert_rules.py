@@ -1,10 +1,13 @@
 """What a config says of the names of experts is what the rules of the built model say."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moeq_plugin.checkpoint.families import FAMILIES
 from moeq_plugin.models.auto_class import auto_class_of
 from moeq_plugin.models.expert_rules import names_by_config, names_in_checkpoint
 
@@ -30,6 +33,21 @@ def test_a_config_names_what_the_model_is_loaded_by(model_type):
 def test_a_config_of_a_stranger_has_no_rule():
     for content in ({}, {"model_type": 3, "architectures": "x"}, {"text_config": [1]}):
         assert names_by_config(content) == {}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_that_we_know_are_named_without_transformers(model_type, monkeypatch):
+    content = AutoConfig.for_model(model_type).to_dict()
+    asked = names_by_config(content)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert names_by_config(content) == asked
+
+
+def test_other_families_need_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    with pytest.raises(ModuleNotFoundError):
+        names_by_config({"model_type": "phimoe"})
 
 
 def _with_few_layers(config):

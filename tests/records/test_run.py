@@ -26,7 +26,7 @@ def test_what_is_saved_is_what_is_loaded(record, tmp_path):
 
 def test_the_summary_names_every_fallback_and_the_worst_expert(record):
     assert record.summary(5) == (
-        "quantized 4 of 5 linears, 1 on second moments mixed with the layer's, 1 on the layer's "
+        "quantized 4 of 5 linears, 1 on Hessians mixed with the layer's, 1 on the layer's "
         "alone, 1 rounded to nearest; fewest effective tokens 0.0 (c)"
     )
 

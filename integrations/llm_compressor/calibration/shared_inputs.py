@@ -49,7 +49,7 @@ class SharedInputs:
         if self._leaders.setdefault(linear, leader) is not leader:
             raise RuntimeError(
                 f"{linear} shared its input with a sibling in one batch and not in another: its "
-                "second moments would be incomplete. Please report this architecture."
+                "Hessian would be incomplete. Please report this architecture."
             )
         return leader
 

@@ -7,9 +7,11 @@ from torch import nn
 
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
 
+_LISTED = 10
+
 
 def check_group_sizes(modules: dict[nn.Module, str]) -> None:
-    """Refuse groups that are wider than a weight; the host checks the other indivisible ones.
+    """Refuse groups that do not divide a weight.
 
     The host's ``bypass_divisibility_checks`` has no effect: the grids that are solved for end where
     a group ends.
@@ -18,7 +20,7 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
         modules: the modules with their schemes attached, and their names.
 
     Raises:
-        ValueError: listing every offender.
+        ValueError: saying which size would do, and listing the first ten modules.
     """
     lines, columns = [], []
     for module, name in modules.items():
@@ -34,5 +36,6 @@ def check_group_sizes(modules: dict[nn.Module, str]) -> None:
     raise ValueError(
         f"group_size must divide the input columns of every weight; {advice} for these modules, "
         "or put them into `ignore` (bypass_divisibility_checks has no effect here):\n"
-        + "\n".join(lines)
+        + "\n".join(lines[:_LISTED])
+        + (f"\n  and {len(lines) - _LISTED} more" if len(lines) > _LISTED else "")
     )
