@@ -19,7 +19,7 @@ Datasets = Annotated[
         "the model writes itself",
     ),
 ]
-NumSamples = Annotated[int, typer.Option(help="sequences")]
+NumSamples = Annotated[int, typer.Option(help="sequences to calibrate on")]
 MaxSeqLength = Annotated[int, typer.Option(help="tokens per sequence")]
 ChatTemplate = Annotated[
     bool, typer.Option(help="write conversations as the tokenizer's template does")

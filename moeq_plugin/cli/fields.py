@@ -12,28 +12,42 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # of these exactly one says what is wanted
 REQUESTS = ("scheme", "bits_per_weight", "size_gb", "allocation", "recipe")
 
-Scheme = Annotated[str | None, typer.Option(help="such as W4A16 or W4A16_G64")]
-BitsPerWeight = Annotated[float | None, typer.Option(help="budget instead")]
-SizeGB = Annotated[float | None, typer.Option(help="of the checkpoint, instead")]
-AllocationFile = Annotated[Path | None, typer.Option(help="of `moeq plan`, instead")]
-RecipeFile = Annotated[Path | None, typer.Option(help="llm-compressor recipe, instead")]
-SensitivityFile = Annotated[Path | None, typer.Option(help="table of `moeq plan`")]
+Scheme = Annotated[str | None, typer.Option(help="one for all linears, such as W4A16 or W4A16_G64")]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(help="average of a budget, instead of a scheme")
+]
+SizeGB = Annotated[float | None, typer.Option(help="size of the checkpoint, instead of a scheme")]
+AllocationFile = Annotated[
+    Path | None, typer.Option(help="file that `moeq plan` wrote, instead of a scheme")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="YAML of llm-compressor, instead of a scheme")
+]
+SensitivityFile = Annotated[
+    Path | None, typer.Option(help="table that `moeq plan` measured, for a budget")
+]
 Options = Annotated[
-    list[str] | None, typer.Option("--option", help="scheme to choose from, such as W3A16_G64")
+    list[str] | None,
+    typer.Option("--option", help="candidate scheme of a budget, such as W3A16_G64; give several"),
 ]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced (default) or best")]
-Target = Annotated[str, typer.Option(help="vllm, gguf, expert or linear")]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="what may have a scheme of its own: what vllm or gguf reads, an expert, a linear"
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(help="modules left in 16 bit, names or `re:` patterns; default: lm_head"),
 ]
 WeightObserver = Annotated[
-    str | None, typer.Option(help="of scales, such as minmax or memoryless_mse")
+    str | None, typer.Option(help="how scales are found, such as minmax or memoryless_mse")
 ]
 AffinityPower = Annotated[
-    float | None, typer.Option(help="of the router's weight with which a token counts")
+    float | None, typer.Option(help="power of the router's weight with which a token counts")
 ]
-Seed = Annotated[int | None, typer.Option(help="of what is drawn")]
+Seed = Annotated[int | None, typer.Option(help="of all random choices")]
 
 
 def given(**options: Any) -> dict[str, Any]:

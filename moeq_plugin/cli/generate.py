@@ -17,7 +17,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(help="at most", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="of the draws, where there are any")] = 0,
+    seed: Annotated[int, typer.Option(help="of random choices, with a temperature")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt, to see that a checkpoint is alive; RWKV runs on its packed weights.

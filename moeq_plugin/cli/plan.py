@@ -46,10 +46,18 @@ def plan(
         list[float] | None, typer.Option(help="budget to allocate; may be given several times")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="scheme to choose from, such as W3A16_G64")
+        list[str] | None,
+        typer.Option(help="candidate scheme of a budget, such as W3A16_G64; give several"),
     ] = None,
-    target: Annotated[str, typer.Option(help="vllm, gguf, expert or linear")] = "vllm",
-    robust: Annotated[bool, typer.Option(help="minimise the worst domain")] = False,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="what may have a scheme of its own: what vllm or gguf reads, an expert, a linear"
+        ),
+    ] = "vllm",
+    robust: Annotated[
+        bool, typer.Option(help="minimise the loss of the worst domain, not the mean")
+    ] = False,
     allocation: Annotated[
         Path | None, typer.Option(help="where to write the allocation of the last budget")
     ] = None,

@@ -51,11 +51,11 @@ def quantize(
     chat_template: ChatTemplate = True,
     num_calibration_samples: NumSamples = 512,
     max_seq_length: MaxSeqLength = 2048,
-    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 1,
-    dtype: Annotated[str, typer.Option(help="of the loaded weights; auto: their own")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="sequences that are calibrated on at a time")] = 1,
+    dtype: Annotated[str, typer.Option(help="to load weights in; auto: their own")] = "auto",
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of an id")] = None,
     work_dir: Annotated[
-        Path | None, typer.Option(help="state after every layer; default: OUT.work")
+        Path | None, typer.Option(help="where state is kept after every layer; default: OUT.work")
     ] = None,
     resume: Annotated[bool, typer.Option(help="continue a run that was interrupted")] = False,
     strict: Annotated[
