@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moeq_plugin.cli.named_model import check_checkpoint
 from moeq_plugin.cli.shared import app, errors, say
 
 
@@ -29,6 +30,7 @@ def convert(
         typer.Exit: with code 2 if the other format cannot express the checkpoint.
     """
     with errors("convert"):
+        check_checkpoint(source)
         from moeq_plugin.core.gptq_format import ZeroPoints
         from moeq_plugin.integrations.hf.gptq import convert as checkpoints
         from moeq_plugin.integrations.hf.gptq.companions import companions

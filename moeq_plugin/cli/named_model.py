@@ -41,6 +41,18 @@ def check_named(model: str) -> None:
     )
 
 
+def check_checkpoint(path: Path) -> None:
+    """Look whether there is a directory, for commands that take no ids.
+
+    Raises:
+        ValueError: saying what was expected, and what is near.
+    """
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not there; expected the directory of a checkpoint{_near(path)}"
+        )
+
+
 def cached(model: str) -> Path | None:
     """Return the newest whole snapshot of an id in the cache of the hub, ``None`` without one."""
     snapshots = _cache() / f"models--{model.replace('/', '--')}" / "snapshots"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.named_model import check_checkpoint
 from moeq_plugin.cli.shared import app, errors, say
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def report(
         from moeq_plugin.files.places import check_new_file, check_places
         from moeq_plugin.report.model_card import model_card
 
-        _check_there(checkpoints)
+        for checkpoint in checkpoints:
+            check_checkpoint(checkpoint)
         path = _place(checkpoints, out, of_one=evaluation or card)
         check_places(reads={"--evaluation": evaluation}, makes={"--out": path, "--card": card})
         check_new_file("--out", path, _is_page)
@@ -59,17 +61,6 @@ def report(
             say(f"{card}: written")
         for problem in (problem for found in several for problem in found.problems):
             say(f"warning: {problem}", err=True)
-
-
-def _check_there(checkpoints: list[Path]) -> None:
-    """Look for what is read before what is written.
-
-    Raises:
-        ValueError: naming what is not there.
-    """
-    for checkpoint in checkpoints:
-        if not checkpoint.is_dir():
-            raise ValueError(f"{checkpoint} is not there; expected the directory of a checkpoint")
 
 
 def _place(checkpoints: list[Path], out: Path | None, *, of_one: Path | None) -> Path:

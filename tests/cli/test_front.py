@@ -63,6 +63,8 @@ def test_help_says_nothing_of_exceptions(command):
         ["sample", "./no-model", "set.jsonl"],
         ["generate", "no-model", "hello"],
         ["imatrix", "no-model", "matrix.gguf"],
+        ["convert", "no-model", "out", "--to", "gptq"],
+        ["report", "no-model"],
         ["eval", "no-model", "neither", "--text", "t"],
         ["inspect", "no-model"],
         ["plan", "no-model"],
