@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from moeq_plugin.core.bit_packing import pack_codes
-from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.packed_codebook import PackedFormat
 from moeq_plugin.models.packed import CodebookLinear
 from moeq_plugin.models.packed_grid import GridLinear
@@ -39,29 +39,30 @@ LOW_RANK = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")  # stay in 16 bit
 MATRIX = 4096  # rows and columns of the product that is timed by itself
 
 
+def random_words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32)
+
+
 def random_codebooks(plain: nn.Linear, form: CodebookFormat) -> CodebookLinear:
-    rows, columns = plain.weight.shape
-    grid = form.grid((rows, columns))
-    weight = CodebookWeight(
-        torch.randint(form.num_centroids, (rows, columns // form.vector_dim)).short(),
-        torch.randint(-127, 128, (*grid, form.num_centroids, form.vector_dim)).to(torch.int8),
-        torch.full(grid, plain.weight.std().item() / 64).to(plain.weight.dtype),
-        form,
-    )
-    packed = CodebookLinear(plain, PackedFormat.of(weight))
-    packed.requires_grad_(False).fill(weight)
+    scale_dtype = str(plain.weight.dtype).removeprefix("torch.")
+    packed = CodebookLinear(plain, PackedFormat(**asdict(form), scale_dtype=scale_dtype))
+    packed.requires_grad_(False).packed.copy_(random_words(len(packed.packed)))
+    parts = packed.form.parts(packed.packed, packed.matrix_shape)
+    parts.scales.fill_(plain.weight.std().item() / 64)
     return packed
 
 
 def random_grid(plain: nn.Linear, num_bits: int, group_size: int) -> GridLinear:
     rows, columns = plain.weight.shape
-    codes = torch.randint(1 << num_bits, (rows, columns))
-    scale = torch.full((rows, columns // group_size), plain.weight.std().item() / (1 << num_bits))
-    zeros = torch.full((columns // group_size, rows), 1 << (num_bits - 1))
-    zero_point = pack_codes(zeros, num_bits).view(len(zeros), -1).T.contiguous()
-    packed = pack_codes(codes, num_bits).view(rows, -1)
+    groups = columns // group_size
+    scale = torch.full((rows, groups), plain.weight.std().item() / (1 << num_bits))
     return GridLinear(
-        packed, scale.to(plain.weight.dtype), zero_point, (rows, columns), num_bits, None
+        random_words(rows, columns * num_bits // 32),
+        scale.to(plain.weight.dtype),
+        random_words(rows * num_bits // 32, groups),
+        (rows, columns),
+        num_bits,
+        None,
     )
 
 

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("products.cpp")
+_INCLUDED = tuple(sorted(_SOURCE.parent.glob("*.h")))
 # What a machine has is asked of it, not of a list: the compiler knows what `native` means.
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 300
@@ -44,7 +45,8 @@ def library() -> ctypes.CDLL | None:
 
 def _compiled(compiler: str) -> Path:
     """Return the shared library, compiled unless an earlier process has done it."""
-    content = _SOURCE.read_bytes() + _machine().encode() + " ".join((compiler, *_OPTIONS)).encode()
+    content = b"".join(path.read_bytes() for path in (_SOURCE, *_INCLUDED))
+    content += _machine().encode() + " ".join((compiler, *_OPTIONS)).encode()
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeq_plugin"
     directory = Path(os.environ.get("MOEQ_CACHE") or default)
     library = directory / f"products-{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -64,10 +66,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Return the library with the types of its functions, as products.cpp has them."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for kind in ("codebook", "grid"):
-        times, decode = (getattr(library, f"moeq_{kind}_{name}") for name in ("times", "decode"))
-        times.argtypes = (pointer, pointer, pointer, ctypes.c_int)
+        few, times, decode = (
+            getattr(library, f"moeq_{kind}_{name}") for name in ("few", "times", "decode")
+        )
+        few.argtypes = (pointer,)
+        times.argtypes = (pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int)
         decode.argtypes = (pointer, number, number, pointer, ctypes.c_int, ctypes.c_int)
-        times.restype = decode.restype = None
+        few.restype, times.restype, decode.restype = number, None, None
     return library
 
 

@@ -12,7 +12,6 @@ import torch
 from moeq_plugin.core.packed_codebook import PackedFormat
 from moeq_plugin.kernels.build import library
 
-FEW = 4  # rows of activations that are multiplied one by one; decoding the weight pays beyond
 _STRIP = 1 << 20  # decoded weights at a time, about what the cache of a core holds
 _READ_BEHIND = 16  # bytes behind the last code that products may read
 _MANTISSAS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
@@ -62,7 +61,9 @@ class Product:
         unit: rows that are decoded together.
         weight: what the functions are given, which holds addresses only.
         tensors: what lies at these addresses.
-        times: multiplies a vector.
+        few: rows of activations that are multiplied as codes are looked up; for more, decoding the
+            weight pays.
+        times: multiplies rows of activations.
         decode: writes units of rows.
     """
 
@@ -70,27 +71,29 @@ class Product:
     unit: int
     weight: ctypes.Structure
     tensors: tuple[torch.Tensor | None, ...]
+    few: int
     times: Any
     decode: Any
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T`` in the dtype of ``x``, ``[..., in]`` to ``[..., out]``."""
         flat = x.reshape(-1, self.shape[1])
-        result = self._by_vector(flat) if len(flat) <= FEW else self._by_strip(flat)
+        result = self._by_code(flat) if len(flat) <= self.few else self._by_strip(flat)
         return result.to(x.dtype).view(*x.shape[:-1], self.shape[0])
 
-    def _by_vector(self, x: torch.Tensor) -> torch.Tensor:
-        vectors = x.float().contiguous()
-        result = vectors.new_empty(len(x), self.shape[0])
-        for vector, product in zip(vectors, result, strict=True):
-            self.times(self._at, vector.data_ptr(), product.data_ptr(), torch.get_num_threads())
+    def _by_code(self, x: torch.Tensor) -> torch.Tensor:
+        # bfloats are taken as such, other dtypes by way of float
+        is_bfloat = x.dtype == torch.bfloat16
+        rows = (x if is_bfloat else x.float()).contiguous()
+        result = rows.new_empty(len(rows), self.shape[0])
+        threads = torch.get_num_threads()
+        self.times(self._at, rows.data_ptr(), len(rows), result.data_ptr(), is_bfloat, threads)
         return result
 
     def _by_strip(self, x: torch.Tensor) -> torch.Tensor:
         result = x.new_empty(len(x), self.shape[0])
         for first, last in self._strips():
             rows = slice(first * self.unit, min(last * self.unit, self.shape[0]))
-            # bfloats are written as such, other dtypes by way of float
             is_bfloat = x.dtype == torch.bfloat16
             dtype = torch.bfloat16 if is_bfloat else torch.float32
             strip = torch.empty(rows.stop - rows.start, self.shape[1], dtype=dtype)
@@ -145,9 +148,7 @@ def codebook_product(
         parts.codebooks.data_ptr(),
         scales.data_ptr(),
     )
-    times, decode = compiled.moeq_codebook_times, compiled.moeq_codebook_decode
-    kept = (packed, scales)
-    return Product(shape, form.group_rows, weight, kept, times, decode)
+    return _product(compiled, "codebook", shape, form.group_rows, weight, (packed, scales))
 
 
 def grid_product(
@@ -171,7 +172,6 @@ def grid_product(
     if compiled is None or rest or (scales.shape[1] > 1 and group_size % 8):
         return None
     scales = scales.float().contiguous()
-    kept = (packed, scales, zeros)
     weight = _Grid(
         *shape,
         group_size,
@@ -181,4 +181,19 @@ def grid_product(
         scales.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
     )
-    return Product(shape, 1, weight, kept, compiled.moeq_grid_times, compiled.moeq_grid_decode)
+    return _product(compiled, "grid", shape, 1, weight, (packed, scales, zeros))
+
+
+def _product(
+    compiled: ctypes.CDLL,
+    kind: str,
+    shape: tuple[int, int],
+    unit: int,
+    weight: ctypes.Structure,
+    tensors: tuple[torch.Tensor | None, ...],
+) -> Product:
+    """Return the product whose functions are called after a kind of weights."""
+    few, times, decode = (
+        getattr(compiled, f"moeq_{kind}_{name}") for name in ("few", "times", "decode")
+    )
+    return Product(shape, unit, weight, tensors, few(ctypes.addressof(weight)), times, decode)
