@@ -49,7 +49,8 @@ def quantize(tiny, *arguments):
 def test_it_shows_its_way_and_leaves_nothing_but_the_checkpoint(tiny):
     done = quantize(tiny, "--scheme", "W4A16_G32")
     assert done.exit_code == 0, done.output
-    assert "quantize · layer 2/2 · 32/32 linears" in done.stderr
+    assert "quantize · 2 of 2 layers done · 32/32 linears" in done.stderr
+    assert "save · writing 32 linears" in done.stderr
     assert "quantized 32 of 32 linears" in done.stdout
     assert {p.name for p in tiny.iterdir()} == {"model", "data.jsonl", "out"}
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= {

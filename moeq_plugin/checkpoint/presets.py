@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 from moeq_plugin.checkpoint.schemes import Scheme
 
 _NAME = re.compile(r"(?:W([2-8])A16|(W4A16_ASYM)|(W8A8|INT8))(?:_G(\d{1,5}))?")
 _GROUP_SIZE = 128
+# of compressed-tensors, whose import takes seconds
+HOST_NAMES = frozenset({
+    "FP8", "FP8_BLOCK", "FP8_DYNAMIC", "INT8", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "NVFP4",
+    "NVFP4A16", "UNQUANTIZED", "W2A16", "W2A4", "W2A8", "W3A16", "W3A4", "W3A8", "W4A16",
+    "W4A16_ASYM", "W4A4", "W4A8", "W4AFP8", "W5A16", "W5A8", "W6A16", "W6A8", "W7A16", "W7A8",
+    "W8A16", "W8A8",
+})  # fmt: skip
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that the host does not know, with ``_G64`` or the like after it or without.
+
+    Raises:
+        ValueError: saying which names are near.
+
+    Example:
+        >>> check_name("W4A16"), check_name("W3A16_G64")
+        (None, None)
+    """
+    base = re.sub(r"_G\d+$", "", name).upper()
+    if base in HOST_NAMES:
+        return
+    near = [f"W{bits}A16" for bits in re.findall(r"[2-8]", base)[:1]]
+    near += difflib.get_close_matches(base, sorted(HOST_NAMES), n=2)
+    near = list(dict.fromkeys(near)) or ["W4A16", "W8A16"]
+    raise ValueError(f"{ascii(name)} is not a scheme; did you mean {' or '.join(near)}?")
+
+
+def served_by(names: Iterable[str]) -> str:
+    """Return what serves these schemes, where ordinary kernels do not; empty where they do."""
+    rare = [name for name in names if _NAME.fullmatch(name) and scheme_named(name).needs_humming]
+    if not rare:
+        return ""
+    return (
+        f"{', '.join(rare)}: vLLM serves this only with its Humming kernels, on an NVIDIA GPU of "
+        "compute capability 7.5 or more; transformers reads it anywhere (docs/serving.md)"
+    )
 
 
 def scheme_named(name: str) -> Scheme:

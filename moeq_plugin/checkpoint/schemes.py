@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from moeq_plugin.core.scheme_words import scheme_in_words
 
 GPTQ_FORMS = ("gptq", "gptq_v2")
+KERNEL_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Scheme:
     strategy: str = "group"
     actorder: str | None = None
     has_activations: bool = False
+
+    @property
+    def needs_humming(self) -> bool:
+        """Tell whether neither Marlin nor Triton takes it: they read int4 and symmetric int8."""
+        is_common = self.num_bits in KERNEL_BITS and (self.num_bits == 4 or self.symmetric)
+        return not (self.is_float or is_common)
 
     def describe(self) -> str:
         """Return the scheme in words, such as ``W4 symmetric group 128``."""

@@ -64,7 +64,9 @@ class Data:
         from moeq_plugin.files.data_source import DataSource
 
         for source in self.sources:
-            DataSource.parse(source).check()
+            found = DataSource.parse(source)
+            found.check()
+            found.check_first_rows(self.num_sequences)
 
     def read(self, tokenizer: Any) -> Any:
         """Return the data set and say what was read; ``None`` where there is no source.
@@ -72,16 +74,12 @@ class Data:
         Args:
             tokenizer: of the model.
         """
-        from moeq_plugin.files.datasets import read_dataset
+        from moeq_plugin.files.datasets import gather
 
         if not self.sources:
             return None
-        found = read_dataset(
-            self.sources,
-            self.num_sequences,
-            tokenizer=tokenizer,
-            max_seq_length=max(self.seq_len, 1),  # the run refuses what is less, in its own words
-            chat_template=self.chat_template,
-        )
-        say(f"calibrating on {found.summary}", err=True)
+        tokens = max(self.seq_len, 1)  # the run refuses what is less, in its own words
+        found = gather(self.sources, self.num_sequences, tokenizer, tokens, self.chat_template)
+        shortage = f"; {found.shortage}" if found.shortage else ""
+        say(f"calibrating on {found.summary}{shortage}", err=True)
         return found.dataset

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -50,6 +51,8 @@ def display(*, phases: list[str], jsonl: bool) -> Iterator[None]:
             from moeq_plugin.integrations.llm_compressor.host import quiet
 
             stack.enter_context(quiet())
+            # those of ours are for Python: a command says the same in lines of its own
+            warnings.filterwarnings("ignore", category=UserWarning, module="moeq_plugin")
         check()
         stack.enter_context(listening(listener))
         stack.enter_context(listening(lambda _: check()))
@@ -101,8 +104,11 @@ class Timed:
         event = self.event(step)
         parts: list[str] = [step.phase]
         if step.layer is not None:
-            parts.append(f"layer {step.layer}/{step.num_layers}")
-        parts.append(f"{step.done}/{step.total} {step.unit}")
+            parts.append(f"{step.layer} of {step.num_layers} layers done")
+        if step.phase == "save":
+            parts.append(f"writing {step.total} {step.unit}")
+        else:
+            parts.append(f"{step.done}/{step.total} {step.unit}")
         parts.append(f"elapsed {_clock_time(event['elapsed_s'])}")
         if event["eta_s"] is not None:
             then = f", then {' and '.join(event['then'])}" if event["then"] else ""
@@ -110,7 +116,7 @@ class Timed:
         if step.worst_tokens is not None:
             parts.append(f"fewest effective tokens {step.worst_tokens:.0f} ({step.worst_linear})")
         if step.loss is not None:
-            parts.append(f"loss of the layer {step.loss:.3g}")
+            parts.append(f"squared output error of the layer {step.loss:.3g}")
         parts.append(f"memory {event['peak_memory_gb']:.1f} GB")
         return " · ".join(parts)
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 _EXTRAS = {
-    "llmcompressor": ("llmcompressor", "transformers", "datasets", "compressed_tensors", "loguru"),
+    "llmcompressor": (
+        "llmcompressor",
+        "transformers",
+        "datasets",
+        "compressed_tensors",
+        "loguru",
+        "yaml",
+    ),  # fmt: skip
     "report": ("jinja2", "plotly"),
     "eval": ("lm_eval",),
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.checkpoint.presets import check_name
+
+# of the modifier, whose import takes half a minute; a test compares
+PRESETS = ("fast", "balanced", "best")
+TARGETS = ("vllm", "gguf", "expert", "linear")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # of these exactly one says what is wanted
 REQUESTS = ("scheme", "bits_per_weight", "size_gb", "allocation", "recipe")
@@ -80,6 +85,25 @@ def check_fields(fields: Mapping[str, Any], *, has_default: bool = False) -> Non
     for name, option in {"options": "--option", "sensitivity": "--sensitivity"}.items():
         if name in fields and not has_budget:
             raise ValueError(f"{option} is for a budget: give --bits-per-weight or --size-gb")
+
+
+def check_words(preset: str | None, target: str, schemes: Iterable[str | None]) -> None:
+    """Refuse what is no word of the modifier's, before it is imported.
+
+    Args:
+        preset: as given.
+        target: likewise.
+        schemes: likewise, each with a group size or without.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    for name, word, known in (("preset", preset, PRESETS), ("target", target, TARGETS)):
+        if word is not None and word not in known:
+            raise ValueError(f"--{name}: expected one of {', '.join(known)}, got {word!r}")
+    for scheme in schemes:
+        if scheme is not None:
+            check_name(scheme)
 
 
 def check_loading(dtype: str, batch_size: int) -> None:

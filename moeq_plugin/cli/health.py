@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moeq_plugin.records.borrowing import Borrowing
 from moeq_plugin.records.run import FILE_NAME, Basis, RunRecord
 
 
@@ -31,17 +32,23 @@ def health(checkpoint: Path, *, strict: bool) -> tuple[str, list[str]]:
     return "; ".join(record.summary(len(record.linears)) for record in records), failures
 
 
-def starved(checkpoint: Path) -> str:
-    """Return a warning about a run most of whose linears saw too little, empty for others."""
+def borrowing(checkpoint: Path) -> Borrowing:
+    """Return how many linears of all modifiers rest on too few tokens of their own."""
     if not (checkpoint / FILE_NAME).exists():
+        return Borrowing.of([])
+    records = RunRecord.load(checkpoint)
+    return Borrowing.of([linear for record in records for linear in record.linears])
+
+
+def verdict(found: Borrowing) -> str:
+    """Return what the report will say of a run that starved, empty for others."""
+    if not found.is_notable:
         return ""
-    linears = [linear for record in RunRecord.load(checkpoint) for linear in record.linears]
-    weak = sum(linear.basis is not Basis.OWN for linear in linears)
-    if 2 * weak <= len(linears):
-        return ""
+    if not (found.is_too_much or found.none_is_fed):
+        return f"warning: {found.sentence()}"
     return (
-        f"warning: {weak} of {len(linears)} linears saw too few tokens of their own. This is not a "
-        "checkpoint to ship: calibrate on more text; --strict makes it an error"
+        f"warning: {found.sentence()} This is not a checkpoint to ship; --strict makes every one "
+        "of them an error"
     )
 
 

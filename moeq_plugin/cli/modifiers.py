@@ -79,21 +79,34 @@ def of_scheme(scheme: str) -> dict[str, Any]:
     return {"config_groups": {scheme: parse_option(scheme).for_targets(["Linear"])}}
 
 
+def check_recipe(path: Path) -> None:
+    """Look whether a file can be a recipe, before the modifiers that it names are imported.
+
+    Raises:
+        ValueError: if it is not there or cannot be parsed.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected a recipe in YAML")
+    try:
+        check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
+    except Exception as error:  # whatever a file that is no recipe makes a parser do
+        raise ValueError(f"{path} is not a recipe: {sentence(error)}") from error
+
+
 def of_recipe(path: Path, work_dir: Path) -> list[Any]:
     """Return a recipe's modifiers, those of ours told where to keep their state.
 
     Raises:
         ValueError: if it is no recipe, or state of several modifiers would have to be kept.
     """
-    import yaml
     from llmcompressor.recipe import Recipe
 
     from moeq_plugin import MoEQuantModifier
 
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected a recipe in YAML")
+    check_recipe(path)
     try:
-        check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
         modifiers = list(Recipe.create_instance(str(path)).modifiers)
     except Exception as error:  # whatever a file that is no recipe makes a parser do
         reason = in_words(error) if is_validation_error(error) else sentence(error)

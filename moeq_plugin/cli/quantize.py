@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.checkpoint.presets import served_by
 from moeq_plugin.cli import fields
 from moeq_plugin.cli.data import ChatTemplate, Data, Datasets, MaxSeqLength, NumSamples
 from moeq_plugin.cli.display import display
-from moeq_plugin.cli.health import complaint, health, starved
+from moeq_plugin.cli.health import borrowing, complaint, health, verdict
 from moeq_plugin.cli.loading import TrustRemoteCode, run_oneshot
-from moeq_plugin.cli.modifiers import of_recipe, of_request
+from moeq_plugin.cli.modifiers import check_recipe, of_recipe, of_request
 from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.rwkv import is_rwkv
 from moeq_plugin.cli.shared import Interrupted, app, errors, say
@@ -67,8 +68,8 @@ def quantize(
     """Quantize a model to a scheme, a budget, an allocation made before or a recipe.
 
     Raises:
-        typer.Exit: with code 1 if a linear was not quantized as asked, 2 if the request cannot be
-            met, 130 if interrupted.
+        typer.Exit: with code 1 if a linear was not quantized as asked, or no expert saw enough
+            tokens; 2 if the request cannot be met; 130 if interrupted.
     """
     with errors("quantize"):
         request = fields.given(
@@ -77,6 +78,7 @@ def quantize(
             weight_observer=weight_observer, affinity_power=affinity_power, seed=seed,
         )  # fmt: skip
         fields.check_fields(request, has_default=is_rwkv(model))
+        fields.check_words(preset, target, [scheme, *(option or ())])
         fields.check_loading(dtype, batch_size)
         check_named(model)
         data = Data(tuple(dataset or ()), num_calibration_samples, max_seq_length, chat_template)
@@ -87,15 +89,22 @@ def quantize(
              "trust_remote_code": trust_remote_code},
         )  # fmt: skip
         job.check(request, resume=resume)
+        if note := served_by([*([scheme] if scheme else []), *(option or ())]):
+            say(note, err=True)
     with errors("quantize"):
         summary, failures = job.run(request, target, jsonl=jsonl)
     if not jsonl:
         say(f"{out}: {summary}")
-        say(f"next: moeq verify {out} --source {model}")
-    if warning := starved(out):
+        say(
+            f"next: moeq verify {out} --source {model}; moeq eval {model} {out} --text TEXT --json "
+            f"{out / 'moeq_eval.json'}; moeq report {out}"
+        )
+    starvation = borrowing(out)
+    if warning := verdict(starvation):
         say(warning, err=True)
     if failures:
         _complain(failures, f"{out} holds them rounded to nearest")
+    if failures or starvation.none_is_fed:
         raise typer.Exit(1)
 
 
@@ -125,6 +134,8 @@ class _Job:
         reads = {f"--{name}": Path(request[name]) for name in files if name in request}
         reads |= {"MODEL": Path(self.model), **self.data.reads()}
         check_places(reads=reads, makes={"OUT": self.out, "--work-dir": self.work_dir})
+        if "recipe" in request:
+            check_recipe(Path(request["recipe"]))
         check_new_directory(self.out)
         _check_resume(self.work_dir, resume=resume)
 

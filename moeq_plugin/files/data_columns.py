@@ -63,12 +63,16 @@ def reading_of(columns: Sequence[str], tokenizer: Any, max_tokens: int, chat: bo
 
     what = f"`{name}`" if name is not None else f"`prompt` and `{answer}`"
     if not (chat and getattr(tokenizer, "chat_template", None)):
-        return Reading(what, False, lambda row: "\n\n".join(m["content"] for m in messages(row)))
+        why = "no chat template in this tokenizer: " if chat and tokenizer is not None else ""
+        joined = f"{what} ({why}messages joined as plain paragraphs)"
+        return Reading(joined, False, lambda row: "\n\n".join(m["content"] for m in messages(row)))
 
     def ids(row: Mapping[str, Any]) -> list[int]:
         said = messages(row)
+        if not any(message["content"].strip() for message in said):
+            return []  # a template would write its own words around nothing
         settings = {"return_dict": True, "truncation": True, "max_length": max_tokens}
-        return list(tokenizer.apply_chat_template(said, **settings)["input_ids"]) if said else []
+        return list(tokenizer.apply_chat_template(said, **settings)["input_ids"])
 
     return Reading(f"{what} through the chat template", True, ids)
 

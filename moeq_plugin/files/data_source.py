@@ -6,13 +6,16 @@ is looked at before.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from moeq_plugin.files.first_look import check_first_rows
 from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.reading import open_regular
 
@@ -83,6 +86,18 @@ class DataSource:
         elif not path.exists() and (path.parent.is_dir() or not _ID.fullmatch(self.name)):
             raise ValueError(f"{path} is not a file; {KINDS}")
 
+    def check_first_rows(self, num_rows: int) -> None:
+        """Look into it as far as that takes no time and no package.
+
+        Args:
+            num_rows: that will be read.
+
+        Raises:
+            ValueError: if there is nothing in it, or not what its name says.
+        """
+        if Path(self.name).is_file():
+            check_first_rows(Path(self.name), num_rows)
+
     def _builder(self) -> str | None:
         suffixes = [s.lower() for s in Path(self.name).suffixes if s.lower() not in _PACKED]
         return _BUILDERS.get(suffixes[-1]) if suffixes else None
@@ -99,11 +114,10 @@ def read_rows(source: DataSource, limit: int) -> list[dict[str, Any]]:
         ValueError: if it is not there, or not what its name says.
     """
     source.check()
-    path = Path(source.name)
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{path} is empty: it has no row")
+    source.check_first_rows(limit)
     try:
-        rows = list(islice(_rows(source), limit))
+        with _said_once():
+            rows = list(islice(_rows(source), limit))
         if not rows:
             raise ValueError("it has no row")
     except Exception as error:  # whatever a file of something else makes a parser do
@@ -149,6 +163,18 @@ def _of_directory(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"its splits are {', '.join(found)}: give the directory of one")
         found = found["train"]
     yield from found
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Keep ``datasets`` from logging what it raises."""
+    logger = logging.getLogger("datasets.packaged_modules")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _cause(error: Exception) -> str:

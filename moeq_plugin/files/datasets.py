@@ -5,6 +5,7 @@ One reader for the command line and for Python, which says in a line what it rea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ class CalibrationData:
     Attributes:
         dataset: with a column ``input_ids`` or ``text``, for ``oneshot``.
         summary: what it was read from and what was left out, in one line.
+        shortage: that there are fewer rows than were asked for; empty if there are not.
     """
 
     dataset: Any
     summary: str
+    shortage: str = ""
 
 
 def read_dataset(
@@ -39,6 +42,8 @@ def read_dataset(
     chat_template: bool = True,
 ) -> CalibrationData:
     """Read calibration data; what follows the rows that are needed is not even looked at.
+
+    Warns of fewer rows than were asked for.
 
     Args:
         sources: one or several, each a path or the name of a data set on a hub; ``NAME:WEIGHT``
@@ -53,6 +58,20 @@ def read_dataset(
             half of its rows.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
+    found = gather(given, num_rows, tokenizer, max_seq_length, chat_template)
+    if found.shortage:
+        warnings.warn(f"{found.summary}; {found.shortage}", stacklevel=2)
+    return found
+
+
+def gather(
+    given: Sequence[str | Path], num_rows: int, tokenizer: Any, max_tokens: int, chat: bool
+) -> CalibrationData:
+    """Read calibration data as :func:`read_dataset` does, and leave saying so to the caller.
+
+    Raises:
+        ValueError: likewise.
+    """
     wanted = [DataSource.parse(source) for source in given]
     if num_rows < len(wanted) or not wanted:
         names = ", ".join(source.name for source in wanted)
@@ -60,13 +79,14 @@ def read_dataset(
     for source in wanted:
         source.check()
     counts = shares([source.weight for source in wanted], num_rows)
-    settings = (tokenizer, max_seq_length, chat_template)
+    settings = (tokenizer, max_tokens, chat)
     parts = [_read(s, n, *settings) for s, n in zip(wanted, counts, strict=True)]
     summary = "; ".join(part.summary for part in parts)
-    if len(parts) == 1:
-        return CalibrationData(_as_dataset(parts[0].rows), summary)
-    rows = [_ids_of(row, tokenizer, max_seq_length) for row in interleaved([p.rows for p in parts])]
-    return CalibrationData(_as_dataset(rows), summary)
+    rows = interleaved([part.rows for part in parts])
+    shortage = f"{_rows(num_rows)} were asked for" if len(rows) < num_rows else ""
+    if len(parts) > 1:
+        rows = [_ids_of(row, tokenizer, max_tokens) for row in rows]
+    return CalibrationData(_as_dataset(rows), summary, shortage)
 
 
 @dataclass(frozen=True)
@@ -92,10 +112,10 @@ def _read(source: DataSource, num_rows: int, tokenizer: Any, max_tokens: int, ch
         read = [(row, reading.read(row)) for row in whole]
     except Exception as error:  # whatever a template of strangers makes of a row
         raise ValueError(f"{source.name}: {sentence(error)}") from error
-    kept = [(row, said) for row, said in read if said is not None and said not in ("", [])]
+    kept = [(row, said) for row, said in read if not _is_nothing(said)]
     empty = len(read) - len(kept)
     if 2 * empty >= len(read):
-        first = next(n for n, (_, said) in enumerate(read) if said is None or said in ("", []))
+        first = next(n for n, (_, said) in enumerate(read) if _is_nothing(said))
         raise ValueError(
             f"{source.name}: {empty} of {len(read)} rows have no {reading.column} to calibrate on, "
             f"the first of them is row {first}"
@@ -108,6 +128,11 @@ def _read(source: DataSource, num_rows: int, tokenizer: Any, max_tokens: int, ch
     return _Part(rows, f"{source.label}: {_rows(len(kept))} of {reading.column}{left_out}")
 
 
+def _is_nothing(said: Any) -> bool:
+    """Tell a row without anything to calibrate on: blanks are tokens, and no text."""
+    return not said.strip() if isinstance(said, str) else said is None or said == []
+
+
 def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
 
@@ -115,13 +140,19 @@ def _rows(count: int) -> str:
 def _windows(
     source: DataSource, num_rows: int, tokenizer: Any, max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return pieces of one long text, one after the other."""
+    """Return pieces of one long text, one after the other.
+
+    Raises:
+        ValueError: if there are only blanks in it.
+    """
     wanted, texts = _CHARACTERS * num_rows * max_tokens, []
     for row in read_rows(source, 1 + wanted // 2):
         texts.append(row["text"])
         wanted -= len(row["text"])
         if wanted < 0:
             break
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{source.name} has no row: there is nothing but blanks in it")
     ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
     starts = range(0, len(ids), max_tokens)[:num_rows]
     pieces = [ids[start : start + max_tokens] for start in starts]

@@ -41,6 +41,9 @@ def use(found: Findings, name: str) -> Iterator[str]:
     yield from ("", "## Use", "", f"`{name}` is this directory, or its id on a hub.")
     if "vllm" not in misread:
         yield from ("", "```", *_SERVER.format(name=name).splitlines(), "```")
+    else:
+        why = misread["vllm"][0].removeprefix("vllm: ")
+        yield from ("", f"No line that serves it stands here, because of vLLM: {why}")
     code = _WITH_OURS if "transformers" in misread else _WITH_TRANSFORMERS
     yield from ("", "```python", *code.format(name=name).splitlines(), "```")
     if misread:

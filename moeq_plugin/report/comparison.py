@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moeq_plugin.checkpoint.checks.findings import counted
 from moeq_plugin.report.charts import SERIES, Chart, plot
 from moeq_plugin.report.decision import Decision, decide
 from moeq_plugin.report.directory import Findings
@@ -69,7 +70,9 @@ def _row(found: Findings, decision: Decision) -> list[str]:
         _added(text) if text else "\u2013",
         *(with_error(text[c], text[f"{c}_stderr"]) if text else "\u2013" for c in columns),
         f"{percent(task.recovery)} ({task.task})" if task else "\u2013",
-        f"{len(report.errors)} errors, {len(report.warnings)} warnings" if report else "\u2013",
+        f"{counted(len(report.errors), 'error')}, {counted(len(report.warnings), 'warning')}"
+        if report
+        else "\u2013",
     ]
 
 
@@ -81,15 +84,21 @@ def _added(text: Mapping[str, Any]) -> str:
     return f"{with_error(100 * math.expm1(text['nll_change']), error)} %"
 
 
+def _place(found: Findings) -> tuple[int, Mapping[str, Any]] | None:
+    """Return bytes and the numbers of the worst text, ``None`` if either is not known."""
+    if found.stored and found.quality and found.quality.worst_text:
+        return found.stored.num_bytes, found.quality.texts[found.quality.worst_text]
+    return None
+
+
 def _quality_over_size(several: Sequence[Findings]) -> Chart | None:
     """Return mean KL over bytes, ``None`` where fewer than two were measured."""
-    known = [
-        (_name(found), found.stored.num_bytes, found.quality.texts[found.quality.worst_text])
-        for found in several
-        if found.stored and found.quality and found.quality.worst_text
-    ]
+    places = [(_name(found), _place(found)) for found in several]
+    known = [(name, *place) for name, place in places if place is not None]
     if len(known) < 2:
         return None
+    unmeasured = [name for name, place in places if place is None]
+    absent = f" Not evaluated, and so not in it: {', '.join(unmeasured)}." if unmeasured else ""
     unit, name = unit_of(max(num_bytes for _, num_bytes, _ in known))
     traces = [
         {
@@ -105,7 +114,7 @@ def _quality_over_size(several: Sequence[Findings]) -> Chart | None:
     return plot(
         "quality-over-size",
         "Mean KL divergence from the 16-bit model on the worst text, over the size on disk; nearer "
-        "to the lower left is better.",
+        f"to the lower left is better.{absent}",
         traces,
         x={"title": {"text": f"size ({name})"}},
         y={"title": {"text": "mean KL (nats per token)"}, "rangemode": "tozero"},

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moeq_plugin.checkpoint.checks.findings import counted
+from moeq_plugin.records.borrowing import Borrowing
 from moeq_plugin.records.run import Basis
 from moeq_plugin.report.directory import Findings
 from moeq_plugin.report.section import percent
 
-# shares of linears that do not rest on enough tokens of their own, of perplexity gained, and of a
-# task's score that is left
-_FEW_BORROW, _MANY_BORROW = 0.05, 0.5
+# shares of perplexity gained, and of a task's score that is left
 _SMALL_GAIN, _LARGE_GAIN = 0.02, 0.10
 _LITTLE_LOST, _MUCH_LOST = 0.98, 0.90
 
@@ -26,6 +26,14 @@ RULES = (
     "the directory cannot be read.",
     "**ship it**: nothing of that. A number counts with two standard errors against alarm.",
 )
+
+_IN_WORDS = {
+    "good": "All that was asked for was done and measured, and nothing speaks against serving it.",
+    "warn": "It may be good, but not all of it is known or as it should be: read the reasons "
+    "before you serve it.",
+    "bad": "Something is wrong with it, or it has lost too much: quantize again before you serve "
+    "it.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ class Decision:
     word: str
     level: str
     reasons: list[str]
+
+    @property
+    def in_words(self) -> str:
+        """Return what the word means for whoever wants to serve the checkpoint."""
+        return _IN_WORDS[self.level]
 
 
 def decide(found: Findings) -> Decision:
@@ -66,9 +79,8 @@ def _of_verification(found: Findings, *, bad: bool) -> Iterator[str]:
         return
     told = report.errors if bad else report.warnings
     if told:
-        kind = "error" if bad else "warning"
-        first = f"{told[0].where}: {told[0].what}"
-        yield f"`moeq verify`: {len(told)} {kind}{'s' if len(told) > 1 else ''}, such as {first}."
+        found_them = counted(len(told), "error" if bad else "warning")
+        yield f"`moeq verify`: {found_them}, such as {told[0].where}: {told[0].what}."
 
 
 def _of_calibration(found: Findings, *, bad: bool) -> Iterator[str]:
@@ -76,16 +88,12 @@ def _of_calibration(found: Findings, *, bad: bool) -> Iterator[str]:
         if not bad:
             yield "Nothing is recorded of how it was made: there is no moeq_run.json."
         return
-    borrow = [linear for linear in found.linears if linear.basis is not Basis.OWN]
-    share = len(borrow) / len(found.linears)
-    if share > (_MANY_BORROW if bad else _FEW_BORROW):
-        yield (
-            f"{len(borrow)} of {len(found.linears)} linears ({percent(share)}) rest on tokens of "
-            "others or on too few of their own: calibrate on more text."
-        )
+    borrowing = Borrowing.of(found.linears)
+    if borrowing.is_too_much if bad else borrowing.is_notable:
+        yield borrowing.sentence()
     rounded = sum(linear.basis is Basis.NONE for linear in found.linears)
     if rounded and not bad:
-        yield f"{rounded} linears were rounded to nearest: nothing could be calibrated for them."
+        yield f"{counted(rounded, 'linear')} rounded to nearest: no token to calibrate on."
 
 
 def _of_quality(found: Findings, most_gained: float, least_left: float) -> Iterator[str]:

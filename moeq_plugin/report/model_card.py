@@ -12,12 +12,13 @@ from typing import Any
 
 from moeq_plugin.core.names import place
 from moeq_plugin.records.quality import QualityRecord
-from moeq_plugin.records.run import Basis, RunRecord
+from moeq_plugin.records.run import RunRecord
 from moeq_plugin.report.card_metadata import base_model, metadata
 from moeq_plugin.report.card_use import use
 from moeq_plugin.report.directory import Findings, read_directory
 from moeq_plugin.report.section import number, percent, size, with_error
 from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
+from moeq_plugin.report.starved_rows import starved_rows
 from moeq_plugin.untrusted.text import harmless, markdown
 
 FILE_NAME = "README.md"
@@ -143,9 +144,8 @@ def _calibration(found: Findings) -> Iterator[str]:
     if everything:
         low, middle = min(everything), statistics.median(everything)
         yield f"Effective tokens of an expert: at least {number(low)}, median {number(middle)}."
-    weak = [linear for linear in found.linears if linear.basis is not Basis.OWN]
+    weak = sorted(starved_rows(found.linears), key=lambda row: row.effective_tokens)
     if weak:
-        weak.sort(key=lambda linear: linear.effective_tokens)
         yield from (
             "",
             "| linear without enough tokens of its own | Hessian of | effective tokens |",
@@ -154,7 +154,7 @@ def _calibration(found: Findings) -> Iterator[str]:
         for x in weak[:_MAX_ROWS]:
             yield f"| {x.name} | {IN_WORDS[x.basis]} | {number(x.effective_tokens)} |"
         if len(weak) > _MAX_ROWS:
-            yield f"| and {len(weak) - _MAX_ROWS} more in `moeq_run.json` | | |"
+            yield f"| and {len(weak) - _MAX_ROWS} more rows: see `moeq_run.json` | | |"
 
 
 def _evaluation(found: Findings, name: str) -> Iterator[str]:

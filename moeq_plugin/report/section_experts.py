@@ -10,6 +10,7 @@ from moeq_plugin.records.run import Basis, LinearRecord
 from moeq_plugin.report.charts import Chart, Scale, heatmap, log_scale, short
 from moeq_plugin.report.directory import Findings
 from moeq_plugin.report.section import Section, Table, number
+from moeq_plugin.report.starved_rows import starved_rows
 
 _MAX_ROWS = 40
 IN_WORDS = {
@@ -163,13 +164,14 @@ def _log(tokens: float | None, low: float) -> float | None:
 
 def _fallbacks(linears: Sequence[LinearRecord]) -> Table:
     weak = sorted(
-        (linear for linear in linears if linear.basis is not Basis.OWN),
-        key=lambda linear: (-list(Basis).index(linear.basis), linear.effective_tokens),
+        starved_rows(linears),
+        key=lambda row: (-list(Basis).index(row.basis), row.effective_tokens),
     )
+    num_weak = sum(linear.basis is not Basis.OWN for linear in linears)
     rows = [[x.name, IN_WORDS[x.basis], number(x.effective_tokens)] for x in weak[:_MAX_ROWS]]
-    more = f", the worst {_MAX_ROWS} of them" if len(weak) > _MAX_ROWS else ""
+    more = f", the worst {_MAX_ROWS} of {len(weak)} rows" if len(weak) > _MAX_ROWS else ""
     caption = "Every linear rests on tokens of its own"
     if weak:
-        caption = f"{len(weak)} linears without enough tokens of their own{more}"
+        caption = f"{num_weak} linears without enough tokens of their own{more}"
     marked = frozenset(i for i, x in enumerate(weak[:_MAX_ROWS]) if x.basis is Basis.NONE)
     return Table(caption, ["linear", "Hessian of", "effective tokens"], rows, 2, marked)

@@ -109,6 +109,10 @@ def test_what_the_groups_do_not_divide_is_named(sound):
 def test_warns_of_what_a_verification_would_find(family, scheme, tp, checks, sound):
     plan = plan_quantization(sound(family).parent / "model", scheme, tp=tp)
     assert {found.check for found in plan.warnings} == checks
+    for found in plan.warnings:
+        if found.check == "vllm-kernel":
+            others = f"here and in {len(plan.quantized) - 1} more linears"
+            assert found.what.endswith(others)
 
 
 def test_refuses_what_cannot_be_planned_from(sound, tmp_path):

@@ -64,7 +64,7 @@ def test_wrong_data(rows, more, said, model_path, tmp_path):
     done = quantize(model_path, tmp_path, rows, "--scheme", "W4A16_G32", *more)
     check_refused(done, tmp_path)
     assert said in done.stderr
-    right = quantize(model_path, tmp_path, [IDS])  # the corrected call is not in its way
+    right = quantize(model_path, tmp_path, [IDS] * 8)  # the corrected call is not in its way
     assert right.exit_code == 0, right.output
 
 

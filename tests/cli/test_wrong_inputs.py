@@ -1,6 +1,8 @@
 """Whatever is asked for wrongly: exit code 2, a line or two, no traceback, nothing left behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ def here(tmp_path, monkeypatch):
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("columns.jsonl").write_text('{"question": "a"}\n')
     Path("empty.jsonl").write_text("")
+    Path("blank.txt").write_text("\n")
     Path("sheet.xlsx").write_text("PK")
     Path("a_folder").mkdir()
     Path("bare").mkdir()
@@ -44,8 +47,11 @@ def quantize(*arguments, data="data.jsonl"):
 
 WRONG = [
     (quantize("--scheme", "int4"), "did you mean W4A16"),
-    (quantize(*W4, "--target", "foo"), "target: expected 'vllm', 'gguf'"),
-    (quantize(*W4, "--preset", "quick"), "preset: expected 'fast'"),
+    (quantize(*W4, "--target", "foo"), "--target: expected one of vllm, gguf"),
+    (quantize(*W4, "--preset", "quick"), "--preset: expected one of fast"),
+    (quantize("--scheme", "W5.5A16"), "'W5.5A16' is not a scheme; did you mean W5A16"),
+    (quantize("--bits-per-weight", "3", "--option", "W3A61"), "'W3A61' is not a scheme"),
+    (quantize(*W4, data="blank.txt"), "blank.txt has no row: there is nothing but blanks in it"),
     (quantize(*W4, "--affinity-power", "-1"), "affinity_power: expected greater than"),
     (quantize(*W4, "--weight-observer", "nope"), "--weight-observer: expected one of"),
     (quantize(*W4, "--dtype", "float31"), "--dtype: expected one of"),
@@ -109,5 +115,32 @@ def test_it_is_a_line_and_exit_code_2(arguments, said, here):
 
 def test_a_run_that_starved_says_so(here):
     done = CliRunner().invoke(app, quantize(*W4))
-    assert done.exit_code == 0, done.output
-    assert "208 of 208 linears saw too few tokens of their own" in done.stderr
+    assert done.exit_code == 1, done.output
+    assert "208 of 208 linears (100.0 %) rest on tokens of others or on too few" in done.stderr
+    assert "not a checkpoint to ship" in done.stderr
+    assert (here / "out" / "model.safetensors").exists()
+
+
+def test_words_that_answer_before_the_imports_are_the_modifiers():
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    from moeq_plugin.checkpoint.presets import HOST_NAMES
+    from moeq_plugin.cli.fields import PRESETS, TARGETS
+    from moeq_plugin.integrations.llm_compressor.solver_fields import Preset
+    from moeq_plugin.models.scheme_units import Target
+
+    assert set(PRESET_SCHEMES) == HOST_NAMES
+    assert set(PRESETS) == set(Preset)
+    assert set(TARGETS) == set(Target)
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--preset", "bst"), ("--target", "foo"), ("--scheme", "W5.5A16")]
+)
+def test_wrong_words_answer_before_the_imports(wrong, here):
+    code = "import sys; from moeq_plugin.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'transformers', 'llmcompressor'} & sys.modules.keys())"
+    arguments = quantize(*(W4 if wrong[0] != "--scheme" else ()), *wrong)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout == "set()\n"
+    assert wrong[1] in done.stderr

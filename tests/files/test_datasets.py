@@ -1,6 +1,8 @@
 """Data of every kind becomes rows to calibrate on, is read as far as needed, and said in a line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moeq_plugin.files.data_source import DataSource
 from moeq_plugin.files.datasets import interleaved, read_dataset, shares
+from moeq_plugin.files.first_look import check_first_rows
 
 on_a_busy_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROWS = [{"text": f"1 2 {number}"} for number in range(6)]
@@ -83,7 +86,27 @@ def test_conversations_are_said_as_the_template_says_them(row, tmp_path, tokeniz
     assert tokenizer.decode(ids) == "< user > 1 2 < assistant > 3"
     plain = read_dataset(path, tokenizer=tokenizer, chat_template=False)
     assert plain.dataset["text"] == ["1 2\n\n3"]
+    assert "(messages joined as plain paragraphs)" in plain.summary
     assert read_dataset(path).dataset["text"] == ["1 2\n\n3"]
+
+
+def test_messages_for_a_tokenizer_without_a_template_are_said_to_be_joined(tmp_path, tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    path = write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])
+    found = read_dataset(path, tokenizer=bare)
+    assert found.dataset["text"] == ["1 2\n\n3"]
+    assert found.summary == (
+        "a.jsonl: 1 row of `messages` (no chat template in this tokenizer: messages joined as "
+        "plain paragraphs)"
+    )
+
+
+def test_fewer_rows_than_asked_for_are_told(tmp_path, recwarn):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    read_dataset(path, 6)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 6 rows of `text`; 7 rows were asked for"):
+        read_dataset(path, 7)
 
 
 def test_content_is_text(tmp_path):
@@ -92,10 +115,20 @@ def test_content_is_text(tmp_path):
 
 
 def test_rows_with_nothing_in_them_are_left_out_and_counted(tmp_path):
-    rows = [*ROWS, {"text": ""}, {"text": None}]
+    rows = [*ROWS, {"text": ""}, {"text": None}, {"text": " \n"}]
     found = read_dataset(write(tmp_path / "a.jsonl", rows))
     assert found.dataset.to_list() == ROWS
-    assert found.summary == "a.jsonl: 6 rows of `text`, 2 left out: nothing in them"
+    assert found.summary == "a.jsonl: 6 rows of `text`, 3 left out: nothing in them"
+
+
+def test_a_template_makes_no_text_of_blanks(tmp_path, tokenizer):
+    blank = {"messages": [{"role": "user", "content": " "}]}
+    path = write(
+        tmp_path / "a.jsonl", [blank, {"messages": CONVERSATION}, {"messages": CONVERSATION}]
+    )
+    found = read_dataset(path, tokenizer=tokenizer)
+    assert len(found.dataset) == 2
+    assert found.summary.endswith("1 left out: nothing in them")
 
 
 def test_a_source_that_is_half_empty_is_refused(tmp_path):
@@ -158,6 +191,46 @@ def test_what_is_no_data_set_is_refused(content, tmp_path):
     path.write_bytes(content.encode("latin1"))
     with pytest.raises(ValueError, match=r"data\.jsonl"):
         read_dataset(path, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: it has no row"),
+        (b" \n\t\n", "nothing but blanks"),
+        (b'{"text": "1"}\n\n{"text"\n', "line 3 is not JSON"),
+        (b'{"text": "1"}\n[1]\n', "line 2 is not a JSON object"),
+        (b'{"a": 1}\n{"b": 1}', "the columns a, b: expected `text`"),
+    ],
+)
+def test_the_first_look_needs_no_package(content, said, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    code = (
+        "import sys; from moeq_plugin.cli.data import Data\n"
+        f"try: Data(({str(path)!r},), 9, 9).check()\nexcept ValueError as error: print(error)\n"
+        "print({'torch', 'datasets', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message, imported = done.stdout.splitlines()
+    assert said in message and str(path) in message
+    assert imported == "set()"
+
+
+def test_what_stands_behind_the_first_look_is_not_judged_by_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeq_plugin.files.first_look._LOOKED_AT", 40)
+    path = write(tmp_path / "a.jsonl", [{"a": 1}] * 9 + ROWS)
+    check_first_rows(path, 99)  # `text` comes later
+    path.write_text('{"text": "1"}\n' * 9 + "{")
+    check_first_rows(path, 99)
+    check_first_rows(path, 2)
+
+
+def test_a_text_of_blanks_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(" \n\n\t\n")
+    with pytest.raises(ValueError, match="nothing but blanks"):
+        read_dataset(path, 4, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

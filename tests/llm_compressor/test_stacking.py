@@ -264,8 +264,12 @@ def test_a_pruned_run_that_was_killed_continues(tmp_path):
 
 def test_the_recipe_is_written_and_read_back(tmp_path):
     model = uneven_model("mixtral", tmp_path / "source")
-    oneshot(model, [ResidualRotationModifier(seed=5), MoEQuantModifier(config_groups=int4(16))])
+    kept = {"work_dir": str(tmp_path / "work")}
+    ours = MoEQuantModifier(config_groups=int4(16), **kept)
+    oneshot(model, [ResidualRotationModifier(seed=5), ours])
     model.save_pretrained(tmp_path / "saved")
+    # a rerun, maybe on another machine, has no business in the directory of this run
+    assert "work_dir" not in (tmp_path / "saved" / "recipe.yaml").read_text()
 
     again = uneven_model("mixtral", tmp_path / "source")
     oneshot(again, str(tmp_path / "saved" / "recipe.yaml"), dataset())

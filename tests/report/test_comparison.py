@@ -34,6 +34,14 @@ def test_each_has_a_row_and_its_reasons(three):
     assert {row[0] for row in reasons.rows} == {"w8", "w4", "w2"}
 
 
+def test_who_was_not_evaluated_is_named_beside_the_plot(three):
+    (chart,) = comparison_section(three).charts
+    assert "Not evaluated" not in chart.caption
+    three[1].quality = None
+    (chart,) = comparison_section(three).charts
+    assert chart.caption.endswith("Not evaluated, and so not in it: w4.")
+
+
 def test_without_evaluations_there_is_no_chart(three):
     for found in three:
         found.quality = None

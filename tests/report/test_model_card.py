@@ -59,6 +59,7 @@ def test_no_path_and_no_code_that_reads_other_numbers(found):
     card = model_card(found)
     assert "AutoModelForCausalLM" in card
     assert "vllm serve" not in card
+    assert "No line that serves it stands here, because of vLLM: vLLM applies the scheme" in card
 
 
 def test_what_a_hub_reads_is_taken_from_the_original(found, tmp_path):

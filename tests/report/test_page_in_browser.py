@@ -8,7 +8,7 @@ import pytest
 from written_checkpoint import write_checkpoint
 
 from moeq_plugin.report.directory import read_directory
-from moeq_plugin.report.page import render
+from moeq_plugin.report.page import render, render_comparison
 
 pytest.importorskip("plotly")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -215,3 +215,16 @@ def test_paper_is_white_even_for_who_reads_in_the_dark(browser, page_file):
     opened.page.wait_for_timeout(2000)
     assert opened.color(bar, "fill") == dark
     opened.page.close()
+
+
+def test_no_column_of_a_comparison_is_cut_off(browser, tmp_path):
+    names = ("reference_moe-W8A16", "reference_moe-W4A16-balanced", "reference_moe-3.0bits-best")
+    several = [read_directory(write_checkpoint(tmp_path / name)) for name in names]
+    path = tmp_path / "report.html"
+    path.write_text(render_comparison(several), encoding="utf-8")
+    opened = Reader(browser, path, 1200, "light")
+    widths = opened.page.evaluate(
+        "[...document.querySelectorAll('.table')].map(e => [e.scrollWidth, e.clientWidth])"
+    )
+    opened.page.close()
+    assert widths and all(needed <= there for needed, there in widths)

@@ -6,6 +6,7 @@ from written_checkpoint import EXPERTS, LAYERS, effective_tokens, record
 
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 from moeq_plugin.report import section_experts
+from moeq_plugin.report.starved_rows import starved_rows
 
 
 def charts(section):
@@ -67,3 +68,20 @@ def test_a_model_without_experts_is_no_error(found):
     section = section_experts.experts_section(found)
     assert section.charts == []
     assert "No routed experts" in section.notes[0]
+
+
+def test_linears_of_an_expert_that_rest_on_the_same_share_a_row():
+    def of(expert, *tokens, basis=Basis.SHRUNK):
+        name = f"model.layers.0.mlp.experts.{expert}"
+        kinds = ("gate_proj", "up_proj", "down_proj")
+        return [
+            LinearRecord(f"{name}.{kind}", "W4", basis, t, None)
+            for kind, t in zip(kinds, tokens, strict=True)
+        ]
+
+    linears = [*of(0, 5.0, 5.0, 5.0), *of(1, 5.0, 5.0, 6.0), *of(2, 9.0, 9.0, 9.0, basis=Basis.OWN)]
+    linears.sort(key=lambda linear: linear.name.endswith("down_proj"))  # as stacks are solved
+    rows = starved_rows(linears)
+    names = [row.name.removeprefix("model.layers.0.mlp.experts.") for row in rows]
+    assert names == ["0.*", "1.gate_proj", "1.up_proj", "1.down_proj"]
+    assert [row.effective_tokens for row in rows] == [5.0, 5.0, 5.0, 6.0]

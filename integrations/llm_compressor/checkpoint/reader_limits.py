@@ -6,7 +6,7 @@ on which the behaviour was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
@@ -51,6 +51,22 @@ def reload_limits(
             "loads the others silently wrong"
         )
     return [f"{limit}. {_WAY_OUT}" for limit in limits]
+
+
+def budget_limit(layers: list[MoELayer], options: Collection[str]) -> str:
+    """Return what plain transformers would misread of a budget's choice, before it is measured.
+
+    Args:
+        layers: the MoE layers.
+        options: names of the schemes to choose from.
+    """
+    if not layers or len(options) < 2:
+        return ""
+    return (
+        f"a budget may give the experts of some layers {' and of others '.join(options)}: plain "
+        "from_pretrained of transformers 5.17 applies one scheme to all of them and loads the "
+        f"others silently wrong. {_WAY_OUT}"
+    )
 
 
 def serving_limits(layers: list[MoELayer]) -> list[str]:

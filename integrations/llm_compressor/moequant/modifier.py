@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompressor.core import State
+from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
@@ -15,6 +16,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_O
 from moeq_plugin.integrations.llm_compressor.allocation.request import AllocationRequest
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
+from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import budget_limit
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.frozen_fields import HOST_STATE
 from moeq_plugin.integrations.llm_compressor.moequant.identity import model_digest
@@ -88,7 +90,8 @@ class MoEQuantModifier(RoutedModifier):
     robust: bool = False
     sensitivity: SensitivityConfig | str = Field(default_factory=SensitivityConfig)
     allocation: str | None = None
-    work_dir: str | None = None
+    # not in recipe.yaml: a rerun elsewhere has no business in the directory of this one
+    work_dir: str | None = Field(default=None, exclude=True)
 
     _request: Request = PrivateAttr()
     _allocator: BitAllocator | None = PrivateAttr()  # None where schemes were asked for
@@ -111,6 +114,8 @@ class MoEQuantModifier(RoutedModifier):
             self._undo.enter_context(self._kept_state.held())
         if self._allocator is None or self._allocator.is_decided:
             self._attach(state)
+        elif limit := budget_limit(self._start.layers, self.options):
+            logger.warning(limit)  # hours of measuring come now
         return True
 
     def sensitivity_modifier(self) -> SensitivityModifier:
@@ -151,12 +156,10 @@ class MoEQuantModifier(RoutedModifier):
         places.check_apart(
             model, self.work_dir, sensitivity=sensitivity, allocation=self.allocation
         )
-        # the directory may have been moved: where it is does not change the result
-        asked = {name: value for name, value in self.settings().items() if name != "work_dir"}
         identity = {
             "model": model_digest(model),
             "own text": not self._start.has_data,
-            **{f"setting {name}": value for name, value in asked.items()},
+            **{f"setting {name}": value for name, value in self.settings().items()},
             **{f"version of {package}": number for package, number in versions().items()},
         }
         return RunState(self.work_dir, identity | recipe.identity(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
@@ -40,6 +41,7 @@ from moeq_plugin.integrations.llm_compressor.two_streams.begin import begin_stre
 from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStreams
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.records.borrowing import Borrowing
 from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
@@ -176,6 +178,10 @@ class Run:
         unwell = any(self.record.count(basis) for basis in (Basis.NONE, Basis.FEW)) or self._pending
         num_targets = len(self.record.linears) + len(self._pending)
         logger.log("WARNING" if unwell else "INFO", self.record.summary(num_targets))
+        borrowing = Borrowing.of(self.record.linears)
+        if borrowing.is_notable:
+            # no log: people turn the host's down, and would take this for a run that went well
+            warnings.warn(borrowing.sentence(), stacklevel=2)
         if self._outputs is not None:
             self.record.run["row feedback"] = self._outputs.in_words()
         self._host.on_finalize(state)

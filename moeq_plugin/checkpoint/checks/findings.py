@@ -136,6 +136,16 @@ def warning(check: str, where: str, what: str, way_out: str = "") -> Finding:
     return replace(error(check, where, what, way_out), severity=Severity.WARNING)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count in words.
+
+    Example:
+        >>> counted(1, "warning"), counted(0, "error")
+        ('1 warning', '0 errors')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @dataclass(frozen=True)
 class Report:
     """What a verification found.
@@ -197,5 +207,6 @@ class Report:
         warnings = len(self.findings) - len(self.errors)
         yield (
             f"{self.checkpoint}: {self.family}, {self.num_tensors} tensors, {schemes or 'none'}; "
-            f"{len(self.errors)} errors, {warnings} warnings for {self.target}, tp {self.tp}"
+            f"{counted(len(self.errors), 'error')}, {counted(warnings, 'warning')} for "
+            f"{self.target}, tp {self.tp}"
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeq_plugin.checkpoint.architecture import Linear, Role
-from moeq_plugin.checkpoint.checks.findings import Finding, error, warning
+from moeq_plugin.checkpoint.checks.findings import Finding, counted, error, warning
 from moeq_plugin.checkpoint.formats import is_same
 from moeq_plugin.checkpoint.layout import Layout
 from moeq_plugin.checkpoint.lookup import transformers_experts_scheme
 from moeq_plugin.checkpoint.reader_names import split_tensor
-from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, Scheme, describe
+from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, KERNEL_BITS, Scheme, describe
 from moeq_plugin.models.expert_reading import Grid, misread_experts
 from moeq_plugin.models.expert_rules import names_by_config
 
@@ -23,7 +23,7 @@ _ONLY_WITH_US = (
 )
 _RWKV = ("rwkv", "rwkv5", "rwkv6", "rwkv7")
 _WITH_OUR_RWKV = "import moeq_plugin.rwkv, and load it with transformers"
-_PACKED_BITS, _KERNEL_BITS = range(2, 9), (4, 8)
+_PACKED_BITS = range(2, 9)
 
 
 def check_transformers(layout: Layout, target: str) -> Iterator[Finding]:
@@ -98,26 +98,32 @@ def check_vllm(layout: Layout, target: str) -> Iterator[Finding]:
             "silently",
             _ONLY_WITH_US,
         )
-    seen: dict[str, tuple[str, bool]] = {}
+    refused: dict[str, list[str]] = {}
+    rare: dict[str, list[str]] = {}
     for linear in layout.present():
         scheme = layout.stored[linear.name]
         if scheme is None:
             continue
         refusal = _refusal(scheme, linear.role, layout)
         if refusal:
-            seen.setdefault(refusal, (linear.name, True))
-        elif not scheme.is_float and _needs_rare_kernel(scheme):
-            seen.setdefault(f"{scheme.describe()} needs Humming kernels", (linear.name, False))
-    for what, (where, is_refused) in seen.items():
-        if is_refused:
-            yield error("vllm-refuses", where, what)
-        else:
-            yield warning("vllm-kernel", where, what)
+            refused.setdefault(refusal, []).append(linear.name)
+        elif scheme.needs_humming:
+            rare.setdefault(f"{scheme.describe()} needs Humming kernels", []).append(linear.name)
+    for what, names in refused.items():
+        yield error("vllm-refuses", names[0], _with_others(what, names))
+    for what, names in rare.items():
+        yield warning("vllm-kernel", names[0], _with_others(what, names))
+
+
+def _with_others(what: str, names: list[str]) -> str:
+    """Say of how many linears it is true beside the one that is named."""
+    others = len(names) - 1
+    return f"{what}, here and in {counted(others, 'more linear')}" if others else what
 
 
 def _refusal(scheme: Scheme, role: Role, layout: Layout) -> str | None:
     if scheme.form in GPTQ_FORMS:
-        if scheme.num_bits not in _KERNEL_BITS or not scheme.symmetric:
+        if scheme.num_bits not in KERNEL_BITS or not scheme.symmetric:
             return f"of the GPTQ format 4 and 8 bits, symmetric, are read; not {scheme.describe()}"
         if layout.schemes.desc_act and scheme.group_size:
             return "desc_act with groups is no longer read"
@@ -130,8 +136,3 @@ def _refusal(scheme: Scheme, role: Role, layout: Layout) -> str | None:
         if scheme.num_bits not in _PACKED_BITS:
             return f"experts may have 2 to 8 bits, not {scheme.num_bits}"
     return None
-
-
-def _needs_rare_kernel(scheme: Scheme) -> bool:
-    """Tell whether neither Marlin nor Triton takes it: they read int4 and symmetric int8."""
-    return scheme.num_bits not in _KERNEL_BITS or (scheme.num_bits == 8 and not scheme.symmetric)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from moeq_plugin import MoEQuantModifier
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.records.progress import listening
 from moeq_plugin.records.run import Basis, RunRecord
 
 
@@ -354,6 +355,31 @@ def test_a_yaml_recipe_and_its_copy_beside_the_checkpoint_give_one_result(tmp_pa
     x = tokens(1, 16)
     torch.testing.assert_close(first(x).logits, second(x).logits, rtol=1e-4, atol=1e-4)
     assert len(theirs) == 2 * (4 + 4 * 3)
+
+
+def test_what_transformers_will_misread_is_said_before_measuring(tmp_path):
+    said = []
+    sink = logger.add(said.append, format="{message}", level="WARNING")
+    budget = MoEQuantModifier(bits_per_weight=8.0, options=["W4A16_G16", "W8A16_G16"])
+    with listening(lambda step: said.append(step.phase)):
+        oneshot(tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1), budget)
+    logger.remove(sink)
+
+    (warning,) = [number for number, text in enumerate(said) if "silently wrong" in text]
+    assert "W4A16_G16 and of others W8A16_G16" in said[warning]
+    assert warning < said.index("measure")
+
+
+def test_a_run_that_starved_warns_whatever_the_log_says(tmp_path, recwarn):
+    model = tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1)
+    oneshot(model, MoEQuantModifier(config_groups=int4(16)), dataset(16, 64))
+    assert not [w for w in recwarn if "calibrate on more text" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"16 of 16 linears .* calibrate on more text"):
+        oneshot(
+            tiny_model("qwen3_moe", tmp_path, num_hidden_layers=1),
+            MoEQuantModifier(config_groups=int4(16)),
+            dataset(1, 16),
+        )
 
 
 def test_stacks_after_another_modifier(tmp_path):
