@@ -99,13 +99,7 @@ def quantize(
             f"next: moeq verify {out} --source {model}; moeq eval {model} {out} --text TEXT --json "
             f"{out / 'moeq_eval.json'}; moeq report {out}"
         )
-    starvation = borrowing(out)
-    if warning := verdict(starvation):
-        say(warning, err=True)
-    if failures:
-        _complain(failures, f"{out} holds them rounded to nearest")
-    if failures or starvation.none_is_fed:
-        raise typer.Exit(1)
+    _judge(out, failures)
 
 
 @dataclass(frozen=True)
@@ -197,6 +191,21 @@ def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
         "quantize",
         "save",
     ]
+
+
+def _judge(out: Path, failures: list[str]) -> None:
+    """Say what the checkpoint lacks.
+
+    Raises:
+        typer.Exit: with code 1 if a linear was not quantized as asked, or no expert was fed.
+    """
+    starvation = borrowing(out)
+    if warning := verdict(starvation):
+        say(warning, err=True)
+    if failures:
+        _complain(failures, f"{out} holds them rounded to nearest")
+    if failures or starvation.none_is_fed:
+        raise typer.Exit(1)
 
 
 def _complain(failures: list[str], consequence: str) -> None:
