@@ -1,10 +1,11 @@
 """Time of a token and bytes of weights: dense, codebooks and grids, on random RWKV-7 layers.
 
-    python benchmarks/rwkv_speed.py [--widths 1024,2048] [--layers 4] [--threads 1,2]
+    python benchmarks/rwkv_speed.py [--widths 1024,2048,4096] [--layers 4] [--threads 1,2]
 
 Writes ``benchmarks/results/rwkv_speed.json``; ``--table`` prints its table. The forms of a width
 are timed in turn within one process, round after round, so that whatever else the machine does
-hits all alike; medians of CPU time are compared, on several threads those of wall time.
+hits all alike; medians of CPU time are compared, on several threads those of wall time. All of
+that is done ``--repeats`` times, and each repeat compares its own medians.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,15 @@ CODEBOOKS = {
 GRIDS = {"int3 group 64": (3, 64), "int4 group 64": (4, 64), "int8 group 64": (8, 64)}
 LOW_RANK = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")  # stay in 16 bit
 MATRIX = 4096  # rows and columns of the product that is timed by itself
+MATRIX_ROWS = (1, 2, 4, 8, 32, 128)  # of activations
+
+
+@dataclass(frozen=True)
+class Times:
+    """How often everything is called."""
+
+    rounds: int
+    repeats: int
 
 
 def random_words(*shape: int) -> torch.Tensor:
@@ -72,81 +83,100 @@ def packed_as(name: str, plain: nn.Linear) -> nn.Module:
     return random_grid(plain, *GRIDS[name])
 
 
-def stack(width: int, layers: int, name: str) -> RWKV7ForCausalLM:
-    """Return random layers in one form, behind a tiny vocabulary."""
+def stacks(width: int, layers: int) -> dict[str, RWKV7ForCausalLM]:
+    """Return the same random layers in every form, behind a tiny vocabulary."""
     config = RWKV7Config(hidden_size=width, num_hidden_layers=layers, vocab_size=64)
     torch.manual_seed(0)
-    model = RWKV7ForCausalLM(config).eval().requires_grad_(False)
-    model = model if name == "float32" else model.bfloat16()
-    if name in CODEBOOKS or name in GRIDS:
-        for path, module in list(model.named_modules()):
-            last = path.rpartition(".")[2]
-            if isinstance(module, nn.Linear) and last not in (*LOW_RANK, "lm_head"):
-                model.set_submodule(path, packed_as(name, module))
-    return model
+    plain = RWKV7ForCausalLM(config).eval().requires_grad_(False)
+    half = deepcopy(plain).bfloat16()
+    found = {"float32": plain, "bfloat16": half}
+    for name in (*CODEBOOKS, *GRIDS):
+        # what is replaced need not be copied first
+        replaced = {
+            path: module for path, module in half.named_modules() if is_packed(path, module)
+        }
+        packed = deepcopy(half, {id(module): module for module in replaced.values()})
+        for path, module in replaced.items():
+            packed.set_submodule(path, packed_as(name, module))
+        found[name] = packed
+    return found
+
+
+def is_packed(path: str, module: nn.Module) -> bool:
+    last = path.rpartition(".")[2]
+    return isinstance(module, nn.Linear) and last not in (*LOW_RANK, "lm_head")
 
 
 def nbytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-def medians(run: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> Any:
-    """Return the median seconds of every function, each called once per round."""
-    seconds: dict[str, list[float]] = {name: [] for name in run}
+def medians(
+    run: dict[str, Callable[[], Any]], times: Times, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return each function's median seconds in every repeat; each is called once per round."""
+    found: dict[str, list[float]] = {name: [] for name in run}
     for call in run.values():
         call()
-    for _ in range(rounds):
-        for name, call in run.items():
-            began = clock()
-            call()
-            seconds[name].append(clock() - began)
-    return {name: statistics.median(of) for name, of in seconds.items()}
+    for _ in range(times.repeats):
+        seconds: dict[str, list[float]] = {name: [] for name in run}
+        for _ in range(times.rounds):
+            for name, call in run.items():
+                began = clock()
+                call()
+                seconds[name].append(clock() - began)
+        for name, of in seconds.items():
+            found[name].append(statistics.median(of))
+    return found
 
 
-def time_matrix(rounds: int) -> list[dict[str, Any]]:
+def time_matrix(times: Times, rows: int) -> list[dict[str, Any]]:
+    """Time one product with a few rows of activations."""
     plain = nn.Linear(MATRIX, MATRIX, bias=False).requires_grad_(False)
-    half, x = plain.weight.bfloat16(), torch.randn(1, MATRIX)
-    modules = {name: packed_as(name, plain.bfloat16()) for name in (*CODEBOOKS, *GRIDS)}
-    weight, y = plain.weight.float(), x.bfloat16()
+    weight, x = plain.weight.detach().clone(), torch.randn(rows, MATRIX)
+    half, y = plain.bfloat16().weight, x.bfloat16()
+    modules = {name: packed_as(name, plain) for name in (*CODEBOOKS, *GRIDS)}
     run: dict[str, Callable[[], Any]] = {
         "float32": lambda: linear(x, weight),
         "bfloat16": lambda: linear(y, half),
     }
     for name, module in modules.items():
         run[name] = lambda module=module: module(y)
-    sizes = {"float32": 4 * MATRIX**2, "bfloat16": 2 * MATRIX**2}
+    sizes = {"float32": weight.nbytes, "bfloat16": half.nbytes}
     sizes |= {name: nbytes(module) for name, module in modules.items()}
-    found = medians(run, rounds, time.process_time)
+    what = {"what": "matrix", "rows": rows, "threads": 1}
     return [
-        {"what": "matrix", "form": name, "seconds": of, "bytes": sizes[name], "threads": 1}
-        for name, of in found.items()
+        {**what, "form": name, "seconds": of, "bytes": sizes[name]}
+        for name, of in medians(run, times, time.process_time).items()
     ]
 
 
-def time_stack(width: int, layers: int, threads: int, rounds: int) -> list[dict[str, Any]]:
-    names = ("float32", "bfloat16", *CODEBOOKS, *GRIDS)
-    models = {name: stack(width, layers, name) for name in names}
+def time_stack(
+    models: dict[str, RWKV7ForCausalLM], width: int, layers: int, threads: int, times: Times
+) -> list[dict[str, Any]]:
+    """Time a token."""
     token = torch.ones(1, 1, dtype=torch.long)
     state = {name: model(input_ids=token).state for name, model in models.items()}
     run: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: models[name](input_ids=token, state=state[name]) for name in names
+        name: lambda name=name: models[name](input_ids=token, state=state[name]) for name in models
     }
     clock = time.process_time if threads == 1 else time.perf_counter
-    found = medians(run, rounds, clock)
+    found = medians(run, times, clock)
     what = {"what": "stack", "width": width, "layers": layers, "threads": threads}
     return [
-        {**what, "form": name, "seconds": found[name], "bytes": nbytes(models[name])}
-        for name in names
+        {**what, "form": name, "seconds": found[name], "bytes": nbytes(model)}
+        for name, model in models.items()
     ]
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", default="1024,2048")
-    parser.add_argument("--threads", default="1")
+    parser.add_argument("--widths", default="1024,2048,4096")
+    parser.add_argument("--threads", default="1,2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="print the table of the results")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -154,12 +184,15 @@ def main() -> None:
         print(table(json.loads(arguments.out.read_text())))
         return
     torch.set_num_threads(1)
+    times = Times(arguments.rounds, arguments.repeats)
     content: dict[str, Any] = {"torch": torch.__version__, "cpu": cpu(), "runs": []}
-    content["runs"] += time_matrix(arguments.rounds)
-    for threads in map(int, arguments.threads.split(",")):
-        torch.set_num_threads(threads)
-        for width in map(int, arguments.widths.split(",")):
-            content["runs"] += time_stack(width, arguments.layers, threads, arguments.rounds)
+    for rows in MATRIX_ROWS:
+        content["runs"] += time_matrix(times, rows)
+    for width in map(int, arguments.widths.split(",")):
+        models = stacks(width, arguments.layers)
+        for threads in map(int, arguments.threads.split(",")):
+            torch.set_num_threads(threads)
+            content["runs"] += time_stack(models, width, arguments.layers, threads, times)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     print(table(content))
 
@@ -169,24 +202,31 @@ def cpu() -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Return milliseconds, the speed against dense bfloat16, and the bytes of weights."""
+    """Return milliseconds, the speed against dense bfloat16, and the bytes of weights.
+
+    Speeds are the middle one of all repeats, and in brackets the smallest and the largest.
+    """
     rows = ["| what | threads | form | ms | against bfloat16 | MB |", "|---" * 6 + "|"]
     runs = content["runs"]
     base = {place(run): run["seconds"] for run in runs if run["form"] == "bfloat16"}
     for run in runs:
-        speed = base[place(run)] / run["seconds"]
-        what = f"{MATRIX} x {MATRIX}"
+        pairs = zip(base[place(run)], run["seconds"], strict=True)
+        speeds = sorted(dense / own for dense, own in pairs)
         if run["what"] == "stack":
             what = f"{run['layers']} layers of width {run['width']}"
+        else:
+            what = f"{MATRIX} x {MATRIX}, {run['rows']} rows of activations"
         rows.append(
-            f"| {what} | {run['threads']} | {run['form']} | {1e3 * run['seconds']:.2f} "
-            f"| {speed:.2f} x | {run['bytes'] / 1e6:.1f} |"
+            f"| {what} | {run['threads']} | {run['form']} "
+            f"| {1e3 * statistics.median(run['seconds']):.2f} "
+            f"| {statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f}) "
+            f"| {run['bytes'] / 1e6:.1f} |"
         )
     return "\n".join(rows)
 
 
 def place(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["what"], run.get("width"), run["threads"]
+    return tuple(run.get(key) for key in ("what", "width", "rows", "threads"))
 
 
 if __name__ == "__main__":
