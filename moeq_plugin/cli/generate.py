@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.display import display
 from moeq_plugin.cli.loading import TrustRemoteCode, device, load_model
 from moeq_plugin.cli.named_model import check_named
 from moeq_plugin.cli.shared import app, errors, say
@@ -27,16 +28,24 @@ def generate(
     """
     with errors("generate"):
         check_named(model)
-        import torch
-
-        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
-        loaded = loaded.eval().to(device())
-        inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-        torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
         sampling |= {"temperature": temperature} if temperature > 0 else {}
-        with torch.inference_mode():
-            tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        for line in f"{prompt}{tokenizer.decode(new, skip_special_tokens=True)}".splitlines():
+        with display(phases=[], jsonl=False):
+            text = _continuation(model, prompt, seed, sampling, trust_remote_code)
+        for line in f"{prompt}{text}".splitlines():
             say(line)
+
+
+def _continuation(
+    model: str, prompt: str, seed: int, sampling: dict[str, Any], trust_remote_code: bool
+) -> str:
+    import torch
+
+    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    loaded = loaded.eval().to(device())
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        tokens = loaded.generate(**inputs, **sampling)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeq_plugin.cli.display import display
 from moeq_plugin.cli.loading import TrustRemoteCode, load_tokenizer, loading
 from moeq_plugin.cli.named_model import local
 from moeq_plugin.cli.shared import app, errors, say, say_json
@@ -46,7 +47,8 @@ def verify(
         original = None if source is None else local(source)
         report = verify_checkpoint(directory, original, target=target, tp=tp)
         if generate is not None and not report.errors:
-            text, found = _generate(directory, generate, trust_remote_code)
+            with display(phases=[], jsonl=False):
+                text, found = _generate(directory, generate, trust_remote_code)
             report = replace(report, findings=(*report.findings, *found))
             for line in f"{generate}{text}".splitlines():
                 say(line, err=as_json)

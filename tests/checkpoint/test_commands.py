@@ -77,6 +77,13 @@ def test_verify_generates(generating):
     done = runner.invoke(app, ["verify", str(generating), "--generate", "7"])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("7")
+    assert done.stderr == ""  # no bar of a library either
+
+
+def test_generate_prints_the_text_and_nothing_else():
+    done = runner.invoke(app, ["generate", str(TINY), "def main", "--max-new-tokens", "2"])
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    assert done.stdout.startswith("def main")
 
 
 def test_verify_does_not_generate_from_what_is_unsound(generating):
