@@ -89,8 +89,6 @@ def quantize(
              "trust_remote_code": trust_remote_code},
         )  # fmt: skip
         job.check(request, resume=resume)
-        if note := served_by([*([scheme] if scheme else []), *(option or ())]):
-            say(note, err=True)
     with errors("quantize"):
         summary, failures = job.run(request, target, jsonl=jsonl)
     if not jsonl:
@@ -99,6 +97,15 @@ def quantize(
             f"next: moeq verify {out} --source {model}; moeq eval {model} {out} --text TEXT --json "
             f"{out / 'moeq_eval.json'}; moeq report {out}"
         )
+    _judge(out, failures)
+
+
+def _judge(out: Path, failures: list[str]) -> None:
+    """Say what is wrong with a checkpoint that was written.
+
+    Raises:
+        typer.Exit: with code 1 if it is not as asked, or should not be shipped for want of tokens.
+    """
     starvation = borrowing(out)
     if warning := verdict(starvation):
         say(warning, err=True)
@@ -129,7 +136,7 @@ class _Job:
     settings: Mapping[str, Any]
 
     def check(self, request: Mapping[str, Any], *, resume: bool) -> None:
-        """Refuse places that would overwrite each other or an earlier run."""
+        """Refuse places that would overwrite each other or an earlier run; say who serves it."""
         files = ("recipe", "sensitivity", "allocation")
         reads = {f"--{name}": Path(request[name]) for name in files if name in request}
         reads |= {"MODEL": Path(self.model), **self.data.reads()}
@@ -138,6 +145,9 @@ class _Job:
             check_recipe(Path(request["recipe"]))
         check_new_directory(self.out)
         _check_resume(self.work_dir, resume=resume)
+        schemes = [request["scheme"]] if "scheme" in request else request.get("options", ())
+        if note := served_by(schemes):
+            say(note, err=True)
 
     def run(self, request: dict[str, Any], target: str, *, jsonl: bool) -> tuple[str, list[str]]:
         """Quantize; return what :func:`health` says of the checkpoint."""
