@@ -10,6 +10,7 @@ import typer
 
 from moeq_plugin.cli.named_model import local
 from moeq_plugin.cli.shared import app, errors, say, say_json
+from moeq_plugin.core.dense_words import NO_EXPERTS, is_dense
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.overview import Overview
@@ -40,16 +41,23 @@ def inspect(
             f"{found.family}{_source(found)}, {found.num_parameters / 1e9:.3g} B parameters"
             + (f", {found.num_active / 1e9:.3g} B active" if found.num_moe_layers else "")
         )
-        say(
-            f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
-            f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
-        )
+        say(_experts(found))
         for line in _layers(found):
             say(line)
         for reader, limits in found.readers.items():
             say(f"{reader}: {'; '.join(limits) or 'yes'}")
         if found.refusal:
             say(f"quantize: {found.refusal}")
+
+
+def _experts(found: Overview) -> str:
+    if found.num_moe_layers:
+        return (
+            f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
+            f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
+        )
+    about = f"; {NO_EXPERTS}" if is_dense(found.family, found.num_moe_layers) else ""
+    return f"{found.num_layers} layers without experts{about}"
 
 
 def _source(found: Overview) -> str:

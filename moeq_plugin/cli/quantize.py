@@ -89,8 +89,6 @@ def quantize(
              "trust_remote_code": trust_remote_code},
         )  # fmt: skip
         job.check(request, resume=resume)
-        if note := served_by([*([scheme] if scheme else []), *(option or ())]):
-            say(note, err=True)
     with errors("quantize"):
         summary, failures = job.run(request, target, jsonl=jsonl)
     if not jsonl:
@@ -123,7 +121,7 @@ class _Job:
     settings: Mapping[str, Any]
 
     def check(self, request: Mapping[str, Any], *, resume: bool) -> None:
-        """Refuse places that would overwrite each other or an earlier run."""
+        """Refuse places that would overwrite each other or an earlier run; say who serves it."""
         files = ("recipe", "sensitivity", "allocation")
         reads = {f"--{name}": Path(request[name]) for name in files if name in request}
         reads |= {"MODEL": Path(self.model), **self.data.reads()}
@@ -132,6 +130,9 @@ class _Job:
             check_recipe(Path(request["recipe"]))
         check_new_directory(self.out)
         _check_resume(self.work_dir, resume=resume)
+        schemes = [request["scheme"]] if "scheme" in request else request.get("options", ())
+        if note := served_by(schemes):
+            say(note, err=True)
 
     def run(self, request: dict[str, Any], target: str, *, jsonl: bool) -> tuple[str, list[str]]:
         """Quantize; return what :func:`health` says of the checkpoint."""

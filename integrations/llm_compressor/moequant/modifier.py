@@ -10,6 +10,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
+from moeq_plugin.core.dense_words import NO_EXPERTS, is_dense
 from moeq_plugin.integrations.llm_compressor import places, recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.options import DEFAULT_OPTIONS
@@ -104,6 +105,8 @@ class MoEQuantModifier(RoutedModifier):
             ValueError: if the request cannot succeed; nothing has been changed then.
         """
         self._check_start(state)
+        if is_dense(state.model.config.model_type, len(self._start.layers)):
+            logger.warning(NO_EXPERTS)
         # the digest of the model is taken here, while no scheme and no hook has touched it
         self._kept_state = self._find_kept_state(state.model)
         self._request = Request.of(self, state.model, self._start.layers)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
@@ -133,8 +132,6 @@ class RoutedModifier(RoutedRecipe):
             tokens = preflight.count_tokens(calib, state.model)
             tokens.warn()
         preflight.check_finite_weights(state.model)
-        if not layers:
-            logger.info("no MoE layers found: every linear gets plain GPTQ")
         self._start = Start(layers, calib is not None, tokens, time.monotonic())
 
     def _new_record(self, request: Request, state: State) -> RunRecord:
