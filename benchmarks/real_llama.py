@@ -19,6 +19,7 @@ import numpy as np
 BUILT = Path(__file__).parent.parent / "build" / "llama"
 PROGRAMS = BUILT / "built" / "bin"
 QUANTIZE = PROGRAMS / "llama-quantize"
+CONVERTER = BUILT / "source" / "vendor" / "llama.cpp"
 
 
 class LlamaError(RuntimeError):

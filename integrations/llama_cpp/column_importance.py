@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from moeq_plugin.integrations.llama_cpp.conversion import Conversion, parts_of
 from moeq_plugin.integrations.llama_cpp.matrix_file import Importance
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
@@ -16,6 +17,7 @@ from moeq_plugin.records.run import Basis
 # Of a row's mean: what a column counts at least. Some of llama.cpp's types divide by what the
 # columns of a block count together, and a block of columns that are always zero must not be 0 / 0.
 _FLOOR = 1e-6
+_AS_IT_IS = Conversion()
 
 
 class ColumnImportance:
@@ -25,16 +27,23 @@ class ColumnImportance:
         tensors: module name to llama.cpp's name of the tensor.
         min_effective_tokens: an expert with fewer borrows from its layer.
         shrinkage: as for quantization.
+        conversion: what the converter does to inputs.
 
     Attributes:
         borrowed: modules that did not have enough tokens of their own.
     """
 
     def __init__(
-        self, tensors: Mapping[str, str], *, min_effective_tokens: float, shrinkage: float
+        self,
+        tensors: Mapping[str, str],
+        *,
+        min_effective_tokens: float,
+        shrinkage: float,
+        conversion: Conversion = _AS_IT_IS,
     ) -> None:
-        self.borrowed: list[str] = []
-        self._tensors = tensors
+        self.borrowed: set[str] = set()
+        self._tensors, self._conversion = tensors, conversion
+        self._keys: dict[str, Importance] = {}  # by tensor
         self._min_effective_tokens, self._shrinkage = min_effective_tokens, shrinkage
         self._rows: dict[str, tuple[torch.Tensor, float]] = {}  # by module name
 
@@ -55,9 +64,16 @@ class ColumnImportance:
             row = column_mean_squares(hessian, weight_sum)
             tokens = max(1.0, round(observation.moments.effective_tokens))
             for linear in observation.linears:
-                self._rows[names[linear]] = row, tokens
+                name = names[linear]
+                order = self._conversion.orders.get(name)
+                self._rows[name] = row if order is None else row[order.to(row.device)], tokens
+                queries = self._conversion.queries.get(name)
+                if queries is not None:
+                    squares = queries.mean_squares(linear.weight, hessian, weight_sum)
+                    rows = torch.stack([floored(head) for head in squares])
+                    self._keys[queries.keys] = _importance(rows, [tokens] * len(rows))
                 if basis in {Basis.SHRUNK, Basis.LAYER, Basis.NONE}:
-                    self.borrowed.append(names[linear])
+                    self.borrowed.add(name)
 
     def tensors(self) -> dict[str, Importance]:
         """Return what columns count, by tensor, experts in their order.
@@ -74,14 +90,19 @@ class ColumnImportance:
             )
         members: dict[str, list[str]] = {}
         for module, tensor in self._tensors.items():  # in the order of the model: of the experts
-            members.setdefault(tensor, []).append(module)
-        return {
-            tensor: Importance(
-                np.stack([self._rows[module][0].cpu().numpy() for module in modules]),
-                np.array([self._rows[module][1] for module in modules], dtype=np.float32),
-            )
-            for tensor, modules in members.items()
-        }
+            for part in (tensor, *parts_of(module, tensor)):
+                members.setdefault(part, []).append(module)
+        heads = {of.values: of.num_heads for of in self._conversion.queries.values()}
+        found = {}
+        for tensor, modules in members.items():
+            seen = [self._rows[module] for module in modules] * heads.get(tensor, 1)
+            rows, tokens = zip(*seen, strict=True)
+            found[tensor] = _importance(torch.stack(rows), tokens)
+        return found | self._keys
+
+
+def _importance(rows: torch.Tensor, tokens: Sequence[float]) -> Importance:
+    return Importance(rows.cpu().numpy(), np.array(tokens, dtype=np.float32))
 
 
 def column_mean_squares(hessian: torch.Tensor, weight_sum: float) -> torch.Tensor:
@@ -97,6 +118,10 @@ def column_mean_squares(hessian: torch.Tensor, weight_sum: float) -> torch.Tenso
         >>> column_mean_squares(torch.zeros(2, 2), 0.0)
         tensor([1., 1.])
     """
-    squares = hessian.diagonal().float() / (2 * weight_sum or 1)
+    return floored(hessian.diagonal().float() / (2 * weight_sum or 1))
+
+
+def floored(squares: torch.Tensor) -> torch.Tensor:
+    """Return ``[in]`` mean squares with none zero, or all of them 1 where all are."""
     mean = squares.mean()
     return squares.clamp(min=_FLOOR * mean) if mean > 0 else torch.ones_like(squares)

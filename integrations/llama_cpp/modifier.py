@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from moeq_plugin.integrations.llama_cpp.column_importance import ColumnImportance
+from moeq_plugin.integrations.llama_cpp.conversion import conversion_of
 from moeq_plugin.integrations.llama_cpp.matrix_file import ImportanceMatrix
 from moeq_plugin.integrations.llama_cpp.tensor_names import tensor_names
 from moeq_plugin.integrations.llm_compressor import preflight
@@ -20,6 +21,7 @@ from moeq_plugin.integrations.llm_compressor.allocation.target_linears import ta
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.observations import Calibration
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
+from moeq_plugin.integrations.llm_compressor.calibration.ranks import check_data_differ, gather
 from moeq_plugin.integrations.llm_compressor.frozen_fields import FrozenFields
 from moeq_plugin.integrations.llm_compressor.host import (
     calibration_batches,
@@ -29,7 +31,7 @@ from moeq_plugin.integrations.llm_compressor.host import (
 )
 from moeq_plugin.integrations.llm_compressor.one_run import OneRun
 from moeq_plugin.models.linear_experts import linear_moe_layers
-from moeq_plugin.models.moe import MoELayer
+from moeq_plugin.models.moe import MoELayer, find_moe_layers
 
 
 class ImportanceModifier(FrozenFields, OneRun, Modifier):
@@ -37,7 +39,8 @@ class ImportanceModifier(FrozenFields, OneRun, Modifier):
 
     Tokens count by the router's weight, and no expert is left without: one with too few of its
     own borrows from the layer. llama.cpp's own program counts every token of an expert alike,
-    and leaves experts without tokens to whoever reads the matrix.
+    and leaves experts without tokens to whoever reads the matrix. Ranks of ``torch.distributed``
+    add up what each sees of its own part of the data, and all end with the same matrix.
 
     Args:
         dataset_name: what the matrix says that it was computed on.
@@ -77,9 +80,11 @@ class ImportanceModifier(FrozenFields, OneRun, Modifier):
         """Check model, data and names.
 
         Raises:
-            ValueError: if llama.cpp has no names for the linears, or there are no data.
+            ValueError: if llama.cpp has no names for the linears, or there are no experts or data.
         """
+        check_has_experts(state.model)
         self._tokens = preflight.count_tokens(calibration_batches(state), state.model)
+        check_data_differ(calibration_batches(state))
         preflight.check_finite_weights(state.model)
         self._layers = linear_moe_layers(state.model)
         self._names = target_linears(state.model, self._layers, ["Linear"], ["lm_head"])
@@ -88,7 +93,10 @@ class ImportanceModifier(FrozenFields, OneRun, Modifier):
             self._names.values(), config.model_type, int(config.num_hidden_layers)
         )
         self._columns = ColumnImportance(
-            tensors, min_effective_tokens=self.min_effective_tokens, shrinkage=self.shrinkage
+            tensors,
+            min_effective_tokens=self.min_effective_tokens,
+            shrinkage=self.shrinkage,
+            conversion=conversion_of(state.model, self._names, tensors),
         )
         return True
 
@@ -120,12 +128,27 @@ class ImportanceModifier(FrozenFields, OneRun, Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Put the matrix together and remove hooks."""
-        tokens = self._tokens
+        of_ranks = gather(self._tokens)
+        num_batches = sum(tokens.num_batches for tokens in of_ranks)
+        num_tokens = sum(tokens.num_tokens for tokens in of_ranks)
         self._matrix = ImportanceMatrix(
             tensors=self._columns.tensors(),
             dataset=self.dataset_name,
-            num_chunks=tokens.num_batches,
-            chunk_size=math.ceil(tokens.num_tokens / tokens.num_batches),
-            borrowed=tuple(self._columns.borrowed),
+            num_chunks=num_batches,
+            chunk_size=math.ceil(num_tokens / num_batches),
+            borrowed=tuple(n for n in self._names.values() if n in self._columns.borrowed),
         )
         self._undo.close()
+
+
+def check_has_experts(model: nn.Module) -> None:
+    """Refuse a model without routed experts, for which there is nothing to do better.
+
+    Raises:
+        ValueError: saying what to use.
+    """
+    if not find_moe_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} has no routed experts that are known here; where every linear "
+            "sees every token, llama.cpp's own llama-imatrix computes the same matrix: use that"
+        )

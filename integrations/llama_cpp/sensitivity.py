@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llama_cpp.column_importance import column_mean_squares
 from moeq_plugin.integrations.llama_cpp.ggml import dequantize, quantize
+from moeq_plugin.integrations.llama_cpp.tensor_names import tensor_names
 from moeq_plugin.integrations.llama_cpp.tensor_types import (
     DEFAULT_TYPES,
     other_bytes,
@@ -47,6 +48,9 @@ class TypeSensitivityModifier(SensitivityModifier):
 
     def _find_choices(self, model: PreTrainedModel) -> Choices:
         names = target_linears(model, self._layers, self.targets, self.ignore)
+        config = model.config.get_text_config()
+        # what has no name in the end is not worth the measuring
+        tensor_names(names.values(), config.model_type, int(config.num_hidden_layers))
         return Choices(
             names=names,
             options=parse_types(self.options),

@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 # numbers of experts, and what llama.cpp's converter takes off the names of multi-modal models
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _LANGUAGE = re.compile(r"\blanguage_model\.")
 _OTHERS = re.compile(r"[^a-z0-9]")
+# of latent attention, what the converter splits where a family has tensors for the parts
+_SPLIT = (".kv_b_proj", ".v_b_proj")
 _LISTED = 3
 
 
@@ -80,11 +83,18 @@ def _families(num_layers: int, wanted: set[str]) -> Iterator[tuple[str, dict[str
         # next one finds it: each gets a class with a table of its own
         table = {"block_mappings_cfg": dict(gguf.TensorNameMap.block_mappings_cfg)}
         names = type("TensorNames", (gguf.TensorNameMap,), table)(architecture, num_layers)
-        known = {name: names.get_name(name) for name in wanted}
+        known = {name: _tensor(names, name) for name in wanted}
         yield (
             gguf.MODEL_ARCH_NAMES[architecture],
             {name: f"{found}.weight" for name, found in known.items() if found is not None},
         )
+
+
+def _tensor(names: Any, name: str) -> str | None:
+    """Return the tensor that a linear is named after: of what is split, the one of its columns."""
+    values = names.get_name(name.replace(*_SPLIT)) if name.endswith(_SPLIT[0]) else None
+    found: str | None = values or names.get_name(name)
+    return found
 
 
 def _meant(by_family: Mapping[str, dict[str, str]], model_type: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ _RWKV_READERS = {
     "gguf": ("nothing here writes it",),
 }
 _UNKNOWN = "whether it has this architecture is not known here"
+_TO_16_BIT = (
+    "its converter would at best turn these codes back into 16 bit: convert the 16-bit model, and "
+    "quantize with `moeq imatrix` and `moeq tensor-types`"
+)
+# names of linears, the family and its layers; raises a ValueError where llama.cpp has no names
+NameForLlama = Callable[[Sequence[str], str, int], object]
 
 
 @dataclass(frozen=True)
@@ -74,22 +81,26 @@ class Overview:
         return {"schema_version": 1, **asdict(self)}
 
 
-def inspect_model(path: str | Path, build: Build | None = None) -> Overview:
+def inspect_model(
+    path: str | Path, build: Build | None = None, name_for_llama: NameForLlama | None = None
+) -> Overview:
     """Describe a checkpoint or a ``config.json``.
 
     Args:
         path: of either.
         build: finds out what a 16-bit model of a family that we do not know consists of; without
             it, or where it refuses the model, that is read off the file.
+        name_for_llama: asks llama.cpp for its names of the linears that it would quantize; without
+            it nothing is said about whether it has any.
 
     Raises:
         ValueError: if there is neither, or the config cannot be one.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        return _of_config(read_json(path), path)
+        return _of_config(read_json(path), path, name_for_llama)
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        return _of_config(read_json(path / "config.json"), path)
+        return _of_config(read_json(path / "config.json"), path, name_for_llama)
     layout, refusal = lay_out(open_checkpoint(path)), ""
     if build is not None and not layout.architecture.is_known and not layout.schemes.dialect:
         try:
@@ -97,14 +108,16 @@ def inspect_model(path: str | Path, build: Build | None = None) -> Overview:
         except ValueError as error:
             refusal = str(error)
     fused = [layer for layer in layout.architecture.moe_layers if layout.is_fused(layer)]
-    found = _overview(layout, "fused" if fused else "separate")
+    found = _overview(layout, "fused" if fused else "separate", name_for_llama)
     if not refusal:
         return found
     readers = {reader: [*limits, _UNKNOWN] for reader, limits in found.readers.items()}
     return replace(found, readers=readers, refusal=refusal)
 
 
-def _of_config(content: dict[str, Any], path: Path) -> Overview:
+def _of_config(
+    content: dict[str, Any], path: Path, name_for_llama: NameForLlama | None
+) -> Overview:
     """Describe a model of a known family as its config says that it is stored.
 
     Raises:
@@ -124,7 +137,8 @@ def _of_config(content: dict[str, Any], path: Path) -> Overview:
         if not linear.is_mtp
     }
     empty = Checkpoint(path.parent, content)
-    return _overview(Layout(empty, architecture, schemes, lookup, {}, stored), "unknown")
+    layout = Layout(empty, architecture, schemes, lookup, {}, stored)
+    return _overview(layout, "unknown", name_for_llama)
 
 
 def _declared(
@@ -134,7 +148,7 @@ def _declared(
     return lookup.by_name(architecture.linears[name]) if is_quantized else None
 
 
-def _overview(layout: Layout, experts: str) -> Overview:
+def _overview(layout: Layout, experts: str, name_for_llama: NameForLlama | None) -> Overview:
     architecture = layout.architecture
     layers: dict[int, Counter[str]] = {}
     for linear in layout.present():
@@ -154,7 +168,7 @@ def _overview(layout: Layout, experts: str) -> Overview:
         num_parameters=num_parameters,
         num_active=num_parameters - _num_idle(architecture),
         layers={layer: dict(layers[layer]) for layer in sorted(layers)},
-        readers=_readers(layout),
+        readers=_readers(layout, name_for_llama),
         is_built=architecture.saved is not None,
     )
 
@@ -188,7 +202,7 @@ def _num_parameters(layout: Layout) -> int:
     )
 
 
-def _readers(layout: Layout) -> dict[str, list[str]]:
+def _readers(layout: Layout, name_for_llama: NameForLlama | None) -> dict[str, list[str]]:
     """Return what each reader cannot do; the same checks as those of a verification."""
     if layout.architecture.family in _ONLY_OURS:
         return {reader: list(limits) for reader, limits in _RWKV_READERS.items()}
@@ -197,4 +211,25 @@ def _readers(layout: Layout) -> dict[str, list[str]]:
         "transformers": list(check_transformers(layout, "transformers")),
         "gguf": list(check_mixed_schemes(layout, "gguf")),
     }
-    return {reader: [f"{f.where}: {f.what}" for f in of] for reader, of in found.items()}
+    said = {reader: [f"{f.where}: {f.what}" for f in of] for reader, of in found.items()}
+    said["gguf"] += _limits_of_llama(layout, name_for_llama)
+    return said
+
+
+def _limits_of_llama(layout: Layout, name_for_llama: NameForLlama | None) -> list[str]:
+    """Return why llama.cpp's converter would not make of the checkpoint what one would want."""
+    if any(layout.stored.values()):
+        return [_TO_16_BIT]
+    if name_for_llama is None:
+        return []
+    architecture = layout.architecture
+    linears = [
+        linear.name
+        for linear in architecture.linears.values()
+        if linear.layer is not None and linear.role not in KEPT and not linear.is_mtp
+    ]
+    try:
+        name_for_llama(linears, architecture.family, architecture.num_layers)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -37,7 +37,10 @@ def imatrix(
         from moeq_plugin.files.atomic import write_whole
         from moeq_plugin.files.places import check_new_file, check_places
         from moeq_plugin.integrations.llama_cpp.matrix_file import read_matrix, write_matrix
-        from moeq_plugin.integrations.llama_cpp.modifier import ImportanceModifier
+        from moeq_plugin.integrations.llama_cpp.modifier import (
+            ImportanceModifier,
+            check_has_experts,
+        )
         from moeq_plugin.integrations.llama_cpp.tensor_names import gguf_package
 
         gguf_package()
@@ -50,6 +53,7 @@ def imatrix(
             model,
             modifier,
             data,
+            check=check_has_experts,
             trust_remote_code=trust_remote_code,
             shuffle_calibration_samples=False,
             **data.or_written(),
@@ -58,8 +62,6 @@ def imatrix(
         write_whole(out, lambda path: write_matrix(path, matrix))
     rows = sum(len(of.counts) for of in matrix.tensors.values())
     say(f"{out}: {len(matrix.tensors)} tensors, {rows} matrices, all with data")
-    if rows == len(matrix.tensors):
-        say("this model has no routed experts: llama.cpp's own program computes as much of it")
     if matrix.borrowed:
         some = ", ".join(matrix.borrowed[:_LISTED])
         more = ", ..." if len(matrix.borrowed) > _LISTED else ""

@@ -32,8 +32,9 @@ def inspect(
     with errors("inspect"):
         from moeq_plugin.checkpoint.overview import inspect_model
         from moeq_plugin.cli.built import build
+        from moeq_plugin.integrations.llama_cpp.tensor_names import tensor_names
 
-        found = inspect_model(local(model), build)
+        found = inspect_model(local(model), build, tensor_names)
         if as_json:
             say_json(json.dumps(found.to_dict(), indent=1))
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,13 +35,26 @@ def run_oneshot(
     trust_remote_code: bool,
     dtype: str = "auto",
     revision: str | None = None,
+    check: Callable[[Any], None] = lambda _model: None,
     **arguments: Any,
 ) -> None:
-    """Load a model, its tokenizer and the data, and quantize in place."""
+    """Load a model, its tokenizer and the data, and quantize in place.
+
+    Args:
+        model: directory or id.
+        recipe: of the host.
+        data: to calibrate on.
+        trust_remote_code: run Python code that the model brings along, if it needs any.
+        dtype: name of a dtype, or ``auto`` for its own.
+        revision: branch, tag or commit of an id; ``None`` for the newest.
+        check: refuses the model before there are data, which it may have to write itself.
+        **arguments: of ``oneshot``.
+    """
     from llmcompressor.entrypoints.oneshot import oneshot
 
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     loaded, tokenizer = load_model(model, dtype=dtype, **settings)
+    check(loaded)
     arguments.setdefault("num_calibration_samples", data.num_sequences)
     arguments.setdefault("max_seq_length", data.seq_len)
     arguments.setdefault("dataset", data.read(tokenizer))

@@ -28,6 +28,12 @@ def check_named(model: str) -> None:
         ValueError: saying what was expected, and what is near.
     """
     path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        raise ValueError(
+            f"{path} is a file of llama.cpp, which llama.cpp alone reads; give the directory of "
+            "the model that it was converted from (for llama.cpp see `moeq imatrix` and "
+            "`moeq tensor-types`)"
+        )
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(f"{path} holds no config.json: it is not the directory of a model")

@@ -16,6 +16,8 @@ from moeq_plugin.cli.shared import app, errors, say
 if TYPE_CHECKING:
     from moeq_plugin.core.sensitivity import SensitivityTable
 
+_LISTED = 5
+
 
 @app.command()
 def tensor_types(
@@ -29,7 +31,10 @@ def tensor_types(
         list[str] | None, typer.Option(help="type to choose from, such as Q3_K or IQ2_S")
     ] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="the model in 16 bit, to predict the size of the file")
+        Path | None,
+        typer.Option(
+            help="the model in 16 bit: names what stays so, and predicts the size of the file"
+        ),
     ] = None,
     dataset: Datasets = None,
     chat_template: ChatTemplate = True,
@@ -50,7 +55,8 @@ def tensor_types(
         from moeq_plugin.core.sensitivity import SensitivityTable
         from moeq_plugin.files.atomic import write_whole
         from moeq_plugin.files.places import check_new_file, check_places
-        from moeq_plugin.integrations.llama_cpp.file_sizes import file_size
+        from moeq_plugin.integrations.llama_cpp.conversion import with_parts
+        from moeq_plugin.integrations.llama_cpp.file_sizes import file_size, left_as_they_are
         from moeq_plugin.integrations.llama_cpp.tensor_names import gguf_package, tensor_names
         from moeq_plugin.integrations.llama_cpp.type_files import (
             chosen_types,
@@ -73,17 +79,28 @@ def tensor_types(
                 write_whole(sensitivity, table.save)
         found = allocate_bits(table, BitBudget(bits_per_weight=bits_per_weight), target="gguf")
         names = tensor_names(found.choice, config.model_type, config.num_hidden_layers)
-        types = with_embeddings(chosen_types(found.choice, names), config.hidden_size)
+        chosen = with_parts(chosen_types(found.choice, names), names)
+        types = with_embeddings(chosen, config.hidden_size)
+        kept = {} if gguf is None else left_as_they_are(gguf, types)
+        types |= kept
         write_whole(out, lambda path: write_types(path, types))
-        counts = Counter(types.values())
         say(
             f"{out}: {found.bits_per_weight:.4f} bits per weight, predicted loss "
-            f"{found.value:.4g}; {', '.join(f'{n} {t}' for t, n in sorted(counts.items()))}"
+            f"{found.value:.4g}; {_in_words(types, kept)}"
         )
         if gguf is None:
             say(f"tensors take {found.num_bytes + table.fixed_bytes} bytes")
         else:
             say(f"without a matrix the file will have {file_size(gguf, types, {})} bytes")
+
+
+def _in_words(types: dict[str, str], kept: dict[str, str]) -> str:
+    counts = Counter(types.values())
+    said = ", ".join(f"{n} {t}" for t, n in sorted(counts.items()))
+    if not kept:
+        return said
+    some = ", ".join([*kept][:_LISTED]) + (", ..." if len(kept) > _LISTED else "")
+    return f"{said}; {len(kept)} of them stay as they are, beyond the budget: {some}"
 
 
 def _measure(

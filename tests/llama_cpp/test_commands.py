@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("gguf")
 
 import numpy as np
 from command_line import write_tiny
+from tiny_families import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -19,6 +21,8 @@ from moeq_plugin.integrations.llama_cpp import ggml
 from moeq_plugin.integrations.llama_cpp.matrix_file import read_matrix
 from moeq_plugin.integrations.llama_cpp.type_files import read_types
 
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+TINY_MOE, TINY_RWKV = ASSETS / "tiny_moe", ASSETS / "tiny_rwkv"
 FEW = ["--num-calibration-samples", "16", "--max-seq-length", "32"]
 
 
@@ -51,7 +55,14 @@ def test_a_matrix_is_written_and_written_again(here, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["matrix.gguf"]
 
 
-def test_a_dense_model_has_a_matrix_too(here, tmp_path):
+def refused(done, command, *said):
+    assert done.exit_code == 2, done.output
+    assert f"moeq {command}: " in done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+def dense(here, directory):
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -59,22 +70,45 @@ def test_a_dense_model_has_a_matrix_too(here, tmp_path):
         num_hidden_layers=1,
         num_attention_heads=4,
     )
+    LlamaForCausalLM(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model").mkdir(exist_ok=True)
-        (tmp_path / "model" / name).write_bytes((here / "model" / name).read_bytes())
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+        (directory / name).write_bytes((here / "model" / name).read_bytes())
+    return directory
+
+
+def rwkv(here, directory):
+    return TINY_RWKV
+
+
+@pytest.mark.parametrize("kind", [dense, rwkv])
+@pytest.mark.parametrize("has_data", [True, False])
+def test_a_model_without_experts_is_left_to_llama_cpp(kind, has_data, here, tmp_path):
+    data = ["--dataset", here / "data.jsonl", *FEW] if has_data else []
+    done = run("imatrix", kind(here, tmp_path / "model"), tmp_path / "matrix.gguf", *data)
+    refused(done, "imatrix", "no routed experts", "llama-imatrix")
+    assert not (tmp_path / "matrix.gguf").exists()
+
+
+@pytest.mark.parametrize("command", ["imatrix", "tensor-types"])
+def test_a_family_that_llama_cpp_does_not_know_is_refused(command, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(ggml, "_library", lambda: None)  # nothing comes to be rounded
+    save_tiny("zaya", tmp_path / "model")
+    more = [] if command == "imatrix" else ["--bits-per-weight", "5", "--option", "Q4_0"]
+    more += [] if command == "imatrix" else ["--option", "Q8_0"]
+    data = ["--dataset", here / "data.jsonl", *FEW]
+    done = run(command, tmp_path / "model", tmp_path / "out", *more, *data)
+    refused(done, command, "no family of llama.cpp has tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_without_data_the_model_writes_its_own(tmp_path):
     out = tmp_path / "matrix.gguf"
-    done = run("imatrix", tmp_path / "model", out, "--dataset", here / "data.jsonl", *FEW)
+    done = run("imatrix", TINY_MOE, out)
     assert done.exit_code == 0, done.output
-    assert "no routed experts" in done.stdout
-    assert all(len(of.counts) == 1 for of in read_matrix(out).tensors.values())
-
-
-def refused(done, command, *said):
-    assert done.exit_code == 2, done.output
-    assert f"moeq {command}: " in done.stderr
-    for words in said:
-        assert words in done.stderr
+    matrix = read_matrix(out)
+    assert matrix.dataset == "text that the model wrote" and len(matrix.tensors) == 4 * 7
+    assert sum(len(of.counts) for of in matrix.tensors.values()) == 4 * (4 + 3 * 16)
 
 
 @pytest.mark.parametrize("command", ["imatrix", "tensor-types"])

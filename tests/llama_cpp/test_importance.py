@@ -9,7 +9,10 @@ pytest.importorskip("gguf")
 
 from helpers import dataset, oneshot, tiny_model
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from torch import distributed, multiprocessing
+from transformers import AutoModelForCausalLM
 
+from moeq_plugin.integrations.llama_cpp.matrix_file import read_matrix, write_matrix
 from moeq_plugin.integrations.llama_cpp.modifier import ImportanceModifier
 from moeq_plugin.models.moe import find_moe_layers
 
@@ -93,3 +96,32 @@ def test_a_column_that_is_always_zero_counts_a_little():
 
     found = column_mean_squares(torch.diag(torch.tensor([2.0, 0.0, 4.0])), 1.0)
     assert found[0] == 1 and found[2] == 2 and 0 < found[1] < 1e-5
+
+
+def on_a_rank(rank, rendezvous, directory):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    modifier = ImportanceModifier(min_effective_tokens=4)
+    oneshot(model, modifier, data=dataset(8).shard(2, rank, contiguous=True))
+    write_matrix(directory / f"{rank}.gguf", modifier.matrix)
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_give_what_one_process_gives(tmp_path):
+    starved_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    one = matrix_of(model, min_effective_tokens=4)
+    multiprocessing.start_processes(
+        on_a_rank, (tmp_path / "rendezvous", tmp_path), nprocs=2, start_method="fork"
+    )
+    for rank in range(2):
+        found = read_matrix(tmp_path / f"{rank}.gguf")
+        assert (found.num_chunks, found.chunk_size) == (one.num_chunks, one.chunk_size)
+        assert found.borrowed == one.borrowed and found.tensors.keys() == one.tensors.keys()
+        for name, of in one.tensors.items():
+            ours = found.tensors[name]
+            np.testing.assert_array_equal(ours.counts, of.counts)
+            np.testing.assert_allclose(ours.mean_squares, of.mean_squares, rtol=1e-3, err_msg=name)
