@@ -52,7 +52,6 @@ def tensor_types(
         check_named(model)
         data.check()
         from moeq_plugin.core.allocation import BitBudget, allocate_bits
-        from moeq_plugin.core.sensitivity import SensitivityTable
         from moeq_plugin.files.atomic import write_whole
         from moeq_plugin.files.places import check_new_file, check_places
         from moeq_plugin.integrations.llama_cpp.conversion import with_parts
@@ -70,13 +69,7 @@ def tensor_types(
         check_places(reads=reads, makes={"OUT": out, "--sensitivity": sensitivity})
         check_new_file("OUT", out, read_types)
         config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
-        if sensitivity is not None and sensitivity.exists():
-            table = SensitivityTable.load(sensitivity)
-        else:
-            check_new_file("--sensitivity", sensitivity, SensitivityTable.load)
-            table = _measure(model, data, option, trust_remote_code)
-            if sensitivity is not None:
-                write_whole(sensitivity, table.save)
+        table = _table(model, data, sensitivity, option, trust_remote_code)
         found = allocate_bits(table, BitBudget(bits_per_weight=bits_per_weight), target="gguf")
         names = tensor_names(found.choice, config.model_type, config.num_hidden_layers)
         chosen = with_parts(chosen_types(found.choice, names), names)
@@ -84,14 +77,13 @@ def tensor_types(
         kept = {} if gguf is None else left_as_they_are(gguf, types)
         types |= kept
         write_whole(out, lambda path: write_types(path, types))
-        say(
-            f"{out}: {found.bits_per_weight:.4f} bits per weight, predicted loss "
-            f"{found.value:.4g}; {_in_words(types, kept)}"
-        )
         if gguf is None:
-            say(f"tensors take {found.num_bytes + table.fixed_bytes} bytes")
+            size = f"tensors take {found.num_bytes + table.fixed_bytes} bytes"
         else:
-            say(f"without a matrix the file will have {file_size(gguf, types, {})} bytes")
+            size = f"without a matrix the file will have {file_size(gguf, types, {})} bytes"
+        loss = f"{found.bits_per_weight:.4f} bits per weight, predicted loss {found.value:.4g}"
+        say(f"{out}: {loss}; {_in_words(types, kept)}")
+        say(size)
 
 
 def _in_words(types: dict[str, str], kept: dict[str, str]) -> str:
@@ -101,6 +93,27 @@ def _in_words(types: dict[str, str], kept: dict[str, str]) -> str:
         return said
     some = ", ".join([*kept][:_LISTED]) + (", ..." if len(kept) > _LISTED else "")
     return f"{said}; {len(kept)} of them stay as they are, beyond the budget: {some}"
+
+
+def _table(
+    model: str,
+    data: Data,
+    place: Path | None,
+    options: list[str] | None,
+    trust_remote_code: bool,
+) -> SensitivityTable:
+    """Return the losses of all types: those kept in ``place``, or measured and kept there."""
+    from moeq_plugin.core.sensitivity import SensitivityTable
+    from moeq_plugin.files.atomic import write_whole
+    from moeq_plugin.files.places import check_new_file
+
+    if place is not None and place.exists():
+        return SensitivityTable.load(place)
+    check_new_file("--sensitivity", place, SensitivityTable.load)
+    table = _measure(model, data, options, trust_remote_code)
+    if place is not None:
+        write_whole(place, table.save)
+    return table
 
 
 def _measure(
