@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
@@ -69,6 +70,18 @@ struct Bfloat {
     return value;
   }
 };
+
+// Call `by(constant, first)` for all streams, `constant` of them at a time.
+template <int MOST, typename By>
+void in_batches(int64_t count, By by) {
+  int64_t first = 0;
+  for (; first + MOST <= count; first += MOST) by(std::integral_constant<int, MOST>(), first);
+  if constexpr (MOST > 4)
+    for (; first + 4 <= count; first += 4) by(std::integral_constant<int, 4>(), first);
+  if (count - first == 3) by(std::integral_constant<int, 3>(), first);
+  if (count - first == 2) by(std::integral_constant<int, 2>(), first);
+  if (count - first == 1) by(std::integral_constant<int, 1>(), first);
+}
 
 #ifdef MEDIUM
 // Takes 8 codes of up to 8 bits out of the 8 bytes at a pointer.

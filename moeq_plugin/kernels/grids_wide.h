@@ -35,7 +35,7 @@ struct GridInput {
   GridInput(const Grid& w, const Streams& x, int64_t first)
       : chunks((w.columns + WIDE_CODES - 1) / WIDE_CODES), parts(chunks * 2 * S),
         sums(S * w.groups()) {
-    std::vector<uint16_t> padded(chunks * WIDE_CODES);
+    std::vector<Bfloat> padded(chunks * WIDE_CODES);
     for (int s = 0; s < S; ++s) {
       std::copy_n(x.vectors[first + s], w.columns, padded.begin());
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -49,7 +49,7 @@ struct GridInput {
   }
 
  private:
-  static float sum(const uint16_t* values, int64_t count) {
+  static float sum(const Bfloat* values, int64_t count) {
     __m512 result = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 there = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;

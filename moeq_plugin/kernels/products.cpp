@@ -6,23 +6,36 @@
 // There is no header of torch in here, so that it compiles in seconds; python hands over pointers.
 //
 // There are three ways: AVX-512 with its byte permutations and products of bfloats, which looks up in
-// registers and multiplies several vectors at once; AVX2, which loads centroid by centroid; and plain
-// loops for all others. Machines are little endian.
+// registers and multiplies several vectors at once; AVX2, which looks up likewise or
+// loads centroid by centroid; and plain loops for all others. Machines are little endian.
 
+#include "codebooks_avx2.h"
 #include "codebooks_wide.h"
 #include "grids_wide.h"
 
 namespace {
 
-// Multiply rows of activations, one after the other and in float.
-template <typename Weight, typename T>
-void times_rows(const Weight& w, const T* x, int64_t rows, T* y, int threads) {
-  std::vector<float> from(w.columns), to(w.rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < w.columns; ++i) from[i] = float(x[row * w.columns + i]);
-    times_vector(w, from.data(), to.data(), threads);
-    for (int64_t i = 0; i < w.rows; ++i) y[row * w.rows + i] = T(to[i]);
-  }
+// Multiply rows of floats.
+template <typename Weight>
+void times_floats(const Weight& w, const float* x, int64_t rows, float* y, int threads) {
+#ifdef MEDIUM
+  if constexpr (std::is_same_v<Weight, Codebooks>)
+    if (is_shuffled(w)) return times_shuffled(w, x, rows, y, threads);
+#endif
+  for (int64_t row = 0; row < rows; ++row)
+    times_vector(w, x + row * w.columns, y + row * w.rows, threads);
+}
+
+template <typename Weight>
+void times_narrow(const Weight& w, const float* x, int64_t rows, float* y, int threads) {
+  times_floats(w, x, rows, y, threads);
+}
+template <typename Weight>
+void times_narrow(const Weight& w, const Bfloat* x, int64_t rows, Bfloat* y, int threads) {
+  std::vector<float> from(rows * w.columns), to(rows * w.rows);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = float(x[i]);
+  times_floats(w, from.data(), rows, to.data(), threads);
+  for (size_t i = 0; i < to.size(); ++i) y[i] = Bfloat(to[i]);
 }
 
 template <typename Weight, typename T>
@@ -30,7 +43,7 @@ void times(const Weight& w, const T* x, int64_t rows, T* y, int threads) {
 #ifdef WIDE
   if (is_wide(w)) return times_wide(w, x, rows, y, threads);
 #endif
-  times_rows(w, x, rows, y, threads);
+  times_narrow(w, x, rows, y, threads);
 }
 
 // Write what a product of many rows needs of a weight: bfloats fast, where they are what it rounds to.
@@ -47,6 +60,9 @@ void decode_any(const Weight& w, int64_t begin, int64_t end, T* out, int threads
 int64_t few(const Codebooks& w) {
 #ifdef WIDE
   if (is_wide(w)) return w.rounded == 8 ? 24 : 8;
+#endif
+#ifdef MEDIUM
+  if (is_shuffled(w)) return 24;
 #endif
   (void)w;
   return 4;

@@ -96,25 +96,25 @@ inline __m512 floats_of(__m128i bytes, __m512 scale) {
 // Vectors of bfloats, [count, columns].
 struct Streams {
   int64_t columns;
-  std::vector<uint16_t> own;
-  std::vector<const uint16_t*> vectors;
+  std::vector<Bfloat> own;
+  std::vector<const Bfloat*> vectors;
 
   // Of bfloats as they are.
   Streams(const Bfloat* x, int64_t rows, int64_t columns) : columns(columns) {
     for (int64_t row = 0; row < rows; ++row)
-      vectors.push_back(&x->upper + row * columns);
+      vectors.push_back(x + row * columns);
   }
   // Of floats: three for each row, which sum up to it.
   Streams(const float* x, int64_t rows, int64_t columns) : columns(columns) {
     own.resize(3 * rows * columns);
     for (int64_t row = 0; row < rows; ++row, x += columns) {
-      uint16_t* to = own.data() + 3 * row * columns;
+      Bfloat* to = own.data() + 3 * row * columns;
       for (int part = 0; part < 3; ++part) vectors.push_back(to + part * columns);
       for (int64_t i = 0; i < columns; ++i) {
         float left = x[i];
         for (int part = 0; part < 3; ++part) {
           const Bfloat taken = part ? Bfloat(left) : truncated(left);
-          to[part * columns + i] = taken.upper;
+          to[part * columns + i] = taken;
           left = std::isfinite(left) ? left - float(taken) : 0;
         }
       }
@@ -131,18 +131,6 @@ struct Streams {
     return result;
   }
 };
-
-// Call `by(constant, first)` for all streams, `constant` of them at a time.
-template <int MOST, typename By>
-void in_batches(int64_t count, By by) {
-  int64_t first = 0;
-  for (; first + MOST <= count; first += MOST) by(std::integral_constant<int, MOST>(), first);
-  if constexpr (MOST > 4)
-    for (; first + 4 <= count; first += 4) by(std::integral_constant<int, 4>(), first);
-  if (count - first == 3) by(std::integral_constant<int, 3>(), first);
-  if (count - first == 2) by(std::integral_constant<int, 2>(), first);
-  if (count - first == 1) by(std::integral_constant<int, 1>(), first);
-}
 
 // Write rows of results: each the sum of as many streams as it was cut into.
 inline void write_results(const std::vector<float>& sums, int64_t rows, int64_t count, float* y) {
