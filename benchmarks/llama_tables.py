@@ -31,15 +31,16 @@ def llama_files() -> str:
         seeds = sorted({seed for _, seed in found})
         cells = []
         for column in columns:
-            values = [found[column, seed] for seed in seeds if (column, seed) in found]
-            base = [found[BASELINE, seed] for seed in seeds if (BASELINE, seed) in found]
-            if not values:
+            of_seed = {seed: found[column, seed] for seed in seeds if (column, seed) in found}
+            if not of_seed:
                 is_refused = column == NO_MATRIX and type_name.startswith("IQ2")
                 cells.append("refused" if is_refused else "")
                 continue
-            paired = len(values) == len(base) > 1 and column != BASELINE
-            against = f" ({change(values, base)})" if paired else ""
-            cells.append(f"{statistics.mean(values):.5f}{against}")
+            both = [seed for seed in of_seed if (BASELINE, seed) in found]
+            pairs = [of_seed[seed] for seed in both], [found[BASELINE, seed] for seed in both]
+            is_paired = len(both) > 1 and column != BASELINE
+            against = f" ({change(*pairs)})" if is_paired else ""
+            cells.append(f"{statistics.mean(of_seed.values()):.5f}{against}")
         text = " | ".join([f"{model}, {tokens}", type_name, str(len(seeds)), *cells])
         lines.append(f"| {text} |")
     return "\n".join(lines) + "\n"

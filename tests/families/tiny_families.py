@@ -29,9 +29,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 VOCABULARY: int = _BASE["text_config"]["vocab_size"]
 
 
-def config_of(name: str) -> Any:
-    """Return the config of a tiny model, in float32."""
+def config_of(name: str, **text: Any) -> Any:
+    """Return the config of a tiny model, in float32; `text` changes that of its language model."""
     entry = FAMILIES[name]
+    entry = {**entry, "text": {**entry.get("text", {}), **text}}
     cls = CONFIG_MAPPING[entry.get("model_type", name)]
     parts = cls.sub_configs or {}
     values = dict(entry.get("top", {}))
@@ -49,17 +50,18 @@ def config_of(name: str) -> Any:
     return config
 
 
-def save_tiny(name: str, directory: Path, *, seed: int = 0) -> PreTrainedModel:
+def save_tiny(name: str, directory: Path, *, seed: int = 0, **text: Any) -> PreTrainedModel:
     """Make and save a random model with a tokenizer, and return it as loaded.
 
     Args:
         name: of the family.
         directory: where to.
         seed: of the weights.
+        **text: as for :func:`config_of`.
     """
     torch.manual_seed(seed)
     auto = getattr(transformers, FAMILIES[name].get("auto", "AutoModelForCausalLM"))
-    model: PreTrainedModel = auto.from_config(config_of(name)).float().eval()
+    model: PreTrainedModel = auto.from_config(config_of(name, **text)).float().eval()
     _randomize(model)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)

@@ -15,7 +15,7 @@ import gguf
 from gguf_model import read_weights
 from helpers import oneshot, tiny_model, tokens
 from real_llama import CONVERTER, logits, quantize
-from tiny_families import config_of
+from tiny_families import save_tiny
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin.integrations.llama_cpp.conversion import conversion_of, parts_of, with_parts
@@ -43,14 +43,7 @@ def save(family, directory):
     """Save a random model, with experts in every layer, as llama.cpp knows these families."""
     if family in LIKE_BASE:
         return tiny_model(family, directory, **LIKE_BASE[family])
-    config = config_of(family)
-    config.mlp_only_layers = []
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim == 2 or len(parameter) == config.num_experts:
-            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
-    return model
+    return save_tiny(family, directory, mlp_only_layers=[])
 
 
 @pytest.fixture(
