@@ -135,3 +135,5 @@ def test_a_dense_model_is_said_to_be_for_others_and_nothing_else_is_said(tmp_pat
     )
     assert done.stdout.splitlines()[1] == f"2 layers without experts; {NO_EXPERTS}"
     assert "accelerator" not in done.stdout + done.stderr
+    planned = CliRunner().invoke(app, ["plan", str(tmp_path), "--scheme", SCHEME])
+    assert planned.stdout.startswith(f"llama: 2 layers without experts; {NO_EXPERTS}\n")
