@@ -10,7 +10,7 @@ import typer
 
 from moeq_plugin.cli.named_model import local
 from moeq_plugin.cli.shared import app, errors, say, say_json
-from moeq_plugin.core.dense_words import NO_EXPERTS, is_dense
+from moeq_plugin.core.dense_words import layers_without_experts
 
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.overview import Overview
@@ -57,8 +57,7 @@ def _experts(found: Overview) -> str:
             f"{found.num_moe_layers} of {found.num_layers} layers with {found.num_experts} "
             f"experts, {found.top_k} per token, {found.num_shared} shared; experts {found.experts}"
         )
-    about = f"; {NO_EXPERTS}" if is_dense(found.family, found.num_moe_layers) else ""
-    return f"{found.num_layers} layers without experts{about}"
+    return layers_without_experts(found.family, found.num_layers)
 
 
 def _source(found: Overview) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeq_plugin.core.dense_words import layers_without_experts
+
 if TYPE_CHECKING:
     from moeq_plugin.checkpoint.plan import Plan
     from moeq_plugin.cli.probe import Prediction
@@ -26,10 +28,13 @@ def plan_lines(found: Plan, scheme: str, model: Path) -> Iterator[str]:
     from moeq_plugin.checkpoint.presets import scheme_named
 
     arch, parsed = found.architecture, scheme_named(scheme)
-    yield (
-        f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
-        f"experts, {arch.top_k} per token, {arch.num_shared} shared"
+    experts = (
+        f"{arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} experts, "
+        f"{arch.top_k} per token, {arch.num_shared} shared"
+        if arch.moe_layers
+        else layers_without_experts(arch.family, arch.num_layers)
     )
+    yield f"{arch.family}: {experts}"
     roles = Counter(found.kept.values())
     yield (
         f"quantized: {len(found.quantized)} linears, {found.quantized_frac:.1%} of all parameters, "

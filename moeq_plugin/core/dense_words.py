@@ -18,3 +18,18 @@ def is_dense(family: str, num_moe_layers: int) -> bool:
         (True, False, False)
     """
     return not num_moe_layers and not family.startswith("rwkv")
+
+
+def layers_without_experts(family: str, num_layers: int) -> str:
+    """Return what there is to say of the layers of such a model.
+
+    Args:
+        family: the config's model type.
+        num_layers: decoder layers.
+
+    Example:
+        >>> layers_without_experts("rwkv7", 12)
+        '12 layers without experts'
+    """
+    about = f"; {NO_EXPERTS}" if is_dense(family, 0) else ""
+    return f"{num_layers} layers without experts{about}"

@@ -1,9 +1,12 @@
 """What is said of a family that we do not know is what quantization then does."""
 
 import json
+import os
+import subprocess
 
 import pytest
 import torch
+from command_line import command
 from helpers import dataset, oneshot
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -17,6 +20,7 @@ from moeq_plugin.checkpoint.plan import plan_quantization
 from moeq_plugin.checkpoint.presets import scheme_named
 from moeq_plugin.cli import app
 from moeq_plugin.cli.built import build
+from moeq_plugin.core.dense_words import NO_EXPERTS
 
 SCHEME = "W4A16_G32"
 TEXT = {
@@ -119,3 +123,17 @@ def test_inspect_says_where_it_knows_from(tmp_path):
     assert "built without weights to find out" in done.output
     as_json = CliRunner().invoke(app, ["inspect", str(path), "--json"])
     assert json.loads(as_json.output)["is_built"] is True
+
+
+def test_a_dense_model_is_said_to_be_for_others_and_nothing_else_is_said(tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT)).save_pretrained(
+        tmp_path
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "LLM_COMPRESSOR_LOG_LEVEL"}
+    done = subprocess.run(
+        command("inspect", tmp_path), capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.splitlines()[1] == f"2 layers without experts; {NO_EXPERTS}"
+    assert "accelerator" not in done.stdout + done.stderr
+    planned = CliRunner().invoke(app, ["plan", str(tmp_path), "--scheme", SCHEME])
+    assert planned.stdout.startswith(f"llama: 2 layers without experts; {NO_EXPERTS}\n")

@@ -1,8 +1,10 @@
 """Data of every kind becomes rows to calibrate on, is read as far as needed, and said in a line."""
 
 import json
+import logging
 import subprocess
 import sys
+from logging.handlers import BufferingHandler
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -224,6 +226,18 @@ def test_what_stands_behind_the_first_look_is_not_judged_by_it(tmp_path, monkeyp
     path.write_text('{"text": "1"}\n' * 9 + "{")
     check_first_rows(path, 99)
     check_first_rows(path, 2)
+
+
+def test_a_row_that_is_broken_further_down_is_said_once(tmp_path, monkeypatch):
+    heard = BufferingHandler(9)
+    logging.getLogger("datasets").addHandler(heard)
+    monkeypatch.setattr("moeq_plugin.files.first_look._LOOKED_AT", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "1"}\n{"text": \n')
+    with pytest.raises(ValueError, match="cannot be read as a data set"):
+        read_dataset(path, 9)
+    logging.getLogger("datasets").removeHandler(heard)
+    assert heard.buffer == []
 
 
 def test_a_text_of_blanks_is_refused(tmp_path, tokenizer):
