@@ -26,10 +26,11 @@ def plan_lines(found: Plan, scheme: str, model: Path) -> Iterator[str]:
     from moeq_plugin.checkpoint.presets import scheme_named
 
     arch, parsed = found.architecture, scheme_named(scheme)
-    yield (
-        f"{arch.family}: {arch.num_layers} layers, {len(arch.moe_layers)} with {arch.num_experts} "
-        f"experts, {arch.top_k} per token, {arch.num_shared} shared"
+    experts = (
+        f"{len(arch.moe_layers)} with {arch.num_experts} experts, {arch.top_k} per token, "
+        f"{arch.num_shared} shared"
     )
+    yield f"{arch.family}: {arch.num_layers} layers, {experts if arch.moe_layers else 'no experts'}"
     roles = Counter(found.kept.values())
     yield (
         f"quantized: {len(found.quantized)} linears, {found.quantized_frac:.1%} of all parameters, "
