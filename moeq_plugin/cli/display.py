@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -147,7 +146,6 @@ def log_to(console: Console) -> None:
     Args:
         console: to print to.
     """
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # read when it is imported
     import llmcompressor  # noqa: F401
     from loguru import logger
 

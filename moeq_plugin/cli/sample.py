@@ -60,7 +60,5 @@ def sample(
             loaded.to(device())
             report = sample_set(loaded, tokenizer, config, path=out).report
     say(f"{out}: {report.summary()}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", err=True)
     for text in report.samples:
         say(f"  {text[:100]!r}")

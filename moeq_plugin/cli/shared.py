@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def moeq(
     ] = False,
 ) -> None:
     """Quantize Mixture-of-Experts and RWKV models, check the result and report on it."""
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # read when it is imported
 
 
 def help_without_sections(application: typer.Typer) -> None:
@@ -81,6 +83,7 @@ def errors(command: str) -> Iterator[None]:
 
     Raises:
         typer.Exit: with that code, 130 if interrupted.
+        BrokenPipeError: if nobody reads the results any more; typer ends the command silently.
     """
     try:
         with only_results_on_stdout():
@@ -90,6 +93,8 @@ def errors(command: str) -> Iterator[None]:
         say("", err=True)  # after the ^C of the terminal
         say(f"moeq {command}: interrupted{what_is_kept}", err=True)
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        raise
     except ModuleNotFoundError as error:
         line = install_line(error.name)
         say(f"moeq {command}: {sentence(error)}{line and f': {line}'}", err=True)

@@ -14,19 +14,28 @@ from moeq_plugin.report.section import Section, Table, number, percent, size, un
 from moeq_plugin.report.section_run import Verdict
 
 _LEVELS = ("good", "warn", "bad")
+_AS_SMALL = 1.01  # times the bytes of the smallest
+_NOTHING = "\u2013"
 
 
 def overall(several: Sequence[Findings]) -> Verdict:
-    """Return what stands at the top: the smallest of those that the rules like best."""
+    """Return what stands at the top: the smallest of those that the rules like best.
+
+    Of several that are as small, within a hundredth, it is the one that loses least.
+    """
     decisions = [decide(found) for found in several]
     best = min(_LEVELS.index(decision.level) for decision in decisions)
     able = [f for f, d in zip(several, decisions, strict=True) if _LEVELS.index(d.level) == best]
-    smallest = min(able, key=lambda found: found.stored.num_bytes if found.stored else 0)
+    limit = _AS_SMALL * min(map(_num_bytes, able))
+    small = [found for found in able if _num_bytes(found) <= limit]
+    smallest = min(small, key=_loss)
     chosen = decide(smallest)
     name = _name(smallest)
     line = f"{name} is the only one that the rules judge so."
     if len(able) > 1:
         line = f"{name} is the smallest of the {len(able)} that the rules judge so."
+    if len(small) > 1 and _loss(smallest) < math.inf:
+        line = f"{name} loses least of the {len(small)} smallest that the rules judge so."
     return Verdict(Decision(f"{chosen.word}: {name}", chosen.level, chosen.reasons), line, [])
 
 
@@ -37,6 +46,8 @@ def comparison_section(several: Sequence[Findings]) -> Section:
     head = ["checkpoint", "decision", "size", "bits per weight", "perplexity added", "mean KL",
             "same first token", "recovery of the worst task", "verify"]  # fmt: skip
     rows = [_row(found, decision) for found, decision in zip(several, decisions, strict=True)]
+    shown = [n for n in range(len(head)) if any(row[n] != _NOTHING for row in rows)]
+    head, *rows = ([row[n] for n in shown] for row in (head, *rows))
     bad = frozenset(n for n, decision in enumerate(decisions) if decision.level == "bad")
     caption = "The worst text of each, \u00b1 standard error; what is not to be shipped is marked"
     section.parts.append(Table(caption, head, rows, 2, bad))
@@ -53,6 +64,18 @@ def comparison_section(several: Sequence[Findings]) -> Section:
     return section
 
 
+def _num_bytes(found: Findings) -> int:
+    return found.stored.num_bytes if found.stored else 0
+
+
+def _loss(found: Findings) -> float:
+    """Return the mean KL on the worst text, infinite where it was not measured."""
+    quality = found.quality
+    if quality is None or not quality.worst_text:
+        return math.inf
+    return float(quality.texts[quality.worst_text]["kl"])
+
+
 def _name(found: Findings) -> str:
     return found.directory.resolve().name
 
@@ -65,21 +88,21 @@ def _row(found: Findings, decision: Decision) -> list[str]:
     return [
         _name(found),
         decision.word,
-        size(stored.num_bytes) if stored else "\u2013",
+        size(stored.num_bytes) if stored else _NOTHING,
         number(found.bits_per_weight, 4),
-        _added(text) if text else "\u2013",
-        *(with_error(text[c], text[f"{c}_stderr"]) if text else "\u2013" for c in columns),
-        f"{percent(task.recovery)} ({task.task})" if task else "\u2013",
+        _added(text) if text else _NOTHING,
+        *(with_error(text[c], text[f"{c}_stderr"]) if text else _NOTHING for c in columns),
+        f"{percent(task.recovery)} ({task.task})" if task else _NOTHING,
         f"{counted(len(report.errors), 'error')}, {counted(len(report.warnings), 'warning')}"
         if report
-        else "\u2013",
+        else _NOTHING,
     ]
 
 
 def _added(text: Mapping[str, Any]) -> str:
     """Return by how much perplexity has grown, with the error of the paired difference."""
     if text["nll_change"] is None:
-        return "\u2013"
+        return _NOTHING
     error = 100 * (text["nll_change_stderr"] or 0)
     return f"{with_error(100 * math.expm1(text['nll_change']), error)} %"
 

@@ -1,9 +1,11 @@
 """What a command says before any framework is loaded, and where it says it."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -133,6 +135,20 @@ def test_what_others_print_is_no_result():
     done = runner.invoke(application)
     assert json.loads(done.stdout) == {"sound": True}
     assert done.stderr == "a log of somebody else\na warning\n"
+
+
+def test_who_has_seen_enough_ends_a_command_silently():
+    """As in `moeq inspect MODEL | head -1`."""
+    code = "from moeq_plugin.cli import main; main()"
+    model = Path(__file__).parents[2] / "examples" / "assets" / "tiny_moe"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", model],
+        stdout=write, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_missing_package_names_its_extra():

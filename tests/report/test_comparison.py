@@ -25,9 +25,20 @@ def test_the_smallest_of_the_best_is_named(three):
     assert verdict.line == "w4 is the smallest of the 2 that the rules judge so."
 
 
+def test_of_two_as_small_the_one_that_loses_less_is_named(three):
+    for found, kl in zip(three, (0.5, 0.2, 0.1), strict=True):
+        found.stored = type(found.stored)(2000, 10**6, 1000, 2000)
+        found.quality.texts[found.quality.worst_text]["kl"] = kl
+    verdict = overall(three)  # the last one starved
+    assert verdict.decision.word.endswith(": w4")
+    assert verdict.line == "w4 loses least of the 2 smallest that the rules judge so."
+
+
 def test_each_has_a_row_and_its_reasons(three):
     table, chart, reasons = comparison_section(three).parts
     assert [row[0] for row in table.rows] == ["w8", "w4", "w2"]
+    assert "recovery of the worst task" not in table.head  # nobody has any
+    assert all(len(row) == len(table.head) for row in table.rows)
     assert [row[2] for row in table.rows] == ["3 kB", "2 kB", "1 kB"]
     assert table.marked == {2}
     assert [trace["x"] for trace in chart.data] == [[3.0], [2.0], [1.0]]
