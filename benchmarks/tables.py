@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ablation_tables import ablation, effects
+from after_rounding_tables import block_reconstruction, router_refit
 from domain_tables import calibration_sets
 from headline_figure import headline_figure
 from ingredient_tables import ingredients
@@ -58,7 +59,12 @@ def main() -> None:
         "docs/calibration_text.md": {"sets": calibration_sets},
         "docs/awq.md": {"speed": awq_speed},
         "docs/peers.md": {"losses": losses, "costs": costs},
-        "docs/solver.md": {"ingredients": ingredients, "few tokens": few_tokens},
+        "docs/solver.md": {
+            "ingredients": ingredients,
+            "few tokens": few_tokens,
+            "routers": router_refit,
+            "blocks": block_reconstruction,
+        },
         "docs/scaling.md": {
             "measured": scaled,
             "memory": layer_memory,
