@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,10 +94,7 @@ def quantize(
         summary, failures = job.run(request, target, jsonl=jsonl)
     if not jsonl:
         say(f"{out}: {summary}")
-        say(
-            f"next: moeq verify {out} --source {model}; moeq eval {model} {out} --text TEXT --json "
-            f"{out / 'moeq_eval.json'}; moeq report {out}"
-        )
+        say(_next(model, out))
     _judge(out, failures)
 
 
@@ -192,6 +190,15 @@ def _phases(request: Mapping[str, Any], *, has_dataset: bool) -> list[str]:
         "quantize",
         "save",
     ]
+
+
+def _next(model: str, out: Path) -> str:
+    """Return commands to paste, of which ``TEXT`` is for a person to fill in."""
+    source, made, result = map(shlex.quote, (model, str(out), str(out / "moeq_eval.json")))
+    return (
+        f"next: moeq verify {made} --source {source}; moeq eval {source} {made} --text TEXT "
+        f"--json {result}; moeq report {made}"
+    )
 
 
 def _judge(out: Path, failures: list[str]) -> None:

@@ -125,7 +125,8 @@ def test_a_command_touches_only_what_it_was_asked_for(name, tree):
     arguments, may_make = COMMANDS[name]
     before = listing(tree)
     done = moeq(tree, arguments)
-    assert done.returncode == (2 if "failing" in name else 0), done.stderr
+    is_starved = name == "quantize --resume"  # one row is too few, and the exit code says so
+    assert done.returncode == (2 if "failing" in name else int(is_starved)), done.stderr
     assert "Traceback" not in done.stderr
     after = listing(tree)
     asked = {f"work/{path}" for path in may_make}
