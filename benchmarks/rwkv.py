@@ -35,7 +35,6 @@ from moeq_plugin import BitBudget, RWKVQuantModifier, SensitivityTable, allocate
 from moeq_plugin.core.allocation import Allocation
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.uniformity import UniformityScore, score_uniformity
-from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 from moeq_plugin.integrations.llm_compressor.rwkv.modifier import DEFAULT_OPTIONS
 from moeq_plugin.models.evaluation import evaluate
 from moeq_plugin.models.packed import CodebookLinear, packed_modules, unpack_modules
@@ -221,16 +220,25 @@ def with_options(table: SensitivityTable, options: tuple[str, ...]) -> Sensitivi
 def drawn(table: SensitivityTable, like: Allocation, seed: int) -> Allocation:
     """Return an allocation that spends the same bytes without looking at losses.
 
-    From the smallest options on, linears and larger options are drawn until none fits any more.
+    From the smallest options on, linears are drawn and get their next larger option, until none
+    fits any more.
     """
-    rng = random.Random(seed)
-    chosen = table.num_bytes.argmin(1).tolist()
-    total = sum(int(table.num_bytes[row, option]) for row, option in enumerate(chosen))
-    for _ in range(10_000):
-        row, option = rng.randrange(len(chosen)), rng.randrange(len(table.options))
-        more = int(table.num_bytes[row, option] - table.num_bytes[row, chosen[row]])
-        if 0 < more <= like.limit_bytes - total:
-            total, chosen[row] = total + more, option
+    rng, rows = random.Random(seed), range(len(table.rows))
+    ranked = table.num_bytes.argsort(1)
+    place = [0 for _ in rows]
+
+    def size(row: int, place: int) -> int:
+        return int(table.num_bytes[row, ranked[row, place]])
+
+    total, open_rows = sum(size(row, 0) for row in rows), list(rows)
+    while open_rows:
+        row = rng.choice(open_rows)
+        more = size(row, place[row] + 1) - size(row, place[row])
+        if more > like.limit_bytes - total or place[row] + 2 == len(table.options):
+            open_rows.remove(row)  # not to 16 bit: that is where bytes are wasted by any rule
+            continue
+        total, place[row] = total + more, place[row] + 1
+    chosen = [int(ranked[row, place[row]]) for row in rows]
     choice = {name: table.options[o] for name, o in zip(table.rows, chosen, strict=True)}
     bits = 8 * total / int(table.num_weights.sum())
     return dataclasses.replace(like, choice=choice, num_bytes=total, bits_per_weight=bits)
@@ -289,7 +297,7 @@ class Measured:
         if self._table is None:
             corpus, sequences, seed = self._of
             options = list(dict.fromkeys((*DEFAULT_OPTIONS, *GRIDS)))
-            modifier = SensitivityModifier(options=options, refine_steps=8)
+            modifier = RWKVQuantModifier(options=options).sensitivity_modifier()
             quantize(load(corpus.model), modifier, corpus, sequences, seed)
             self._table = modifier.table
         return self._table
@@ -343,11 +351,20 @@ def describe(model: Any, modifier: RWKVQuantModifier) -> dict[str, Any]:
     schemes = [record.scheme for record in modifier.record.linears]
     coded = [m for m in packed_modules(model).values() if isinstance(m, CodebookLinear)]
     return {
-        "bits_per_weight": modifier.record.bits_per_weight,
+        "bits_per_weight": bits_of_all(modifier),
         "num_linears": len(schemes),
         "num_codebook": len(coded),
         "schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))},
     }
+
+
+def bits_of_all(modifier: RWKVQuantModifier) -> float:
+    """Return the bits per weight of all linears that are chosen for, those in 16 bit among them."""
+    if modifier.allocation is not None:
+        return Allocation.load(modifier.allocation).bits_per_weight
+    found = modifier.record.bits_per_weight
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":

@@ -47,6 +47,17 @@ def modifiers_for_rwkv(**settings: Any) -> list[Any]:
     return [RWKVQuantModifier(**asked)]
 
 
+def measuring_rwkv(**settings: Any) -> Any:
+    """Return what measures the losses of an RWKV as a budget would.
+
+    Args:
+        **settings: fields of the modifier that would be given the budget.
+    """
+    from moeq_plugin import RWKVQuantModifier
+
+    return RWKVQuantModifier(**settings).sensitivity_modifier()
+
+
 def load_official(path: str, dtype: str) -> Any:
     """Return the model of an official file.
 

@@ -19,6 +19,7 @@ from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import Gaps, UniformityScore
 from moeq_plugin.integrations.llm_compressor import places
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
+from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
 from moeq_plugin.integrations.llm_compressor.moequant.budgeted import BudgetedModifier
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
@@ -46,6 +47,9 @@ DEFAULT_OPTIONS = (
     "CB4D2_G64x32", "CB5D2_G256x64", "CB6D2_G256x64", "CB7D2_G512x64", "W4A16_G64", "W8A16_G64",
     "UNQUANTIZED",
 )  # fmt: skip
+# one token in a thousand has a gradient that is a hundred or a thousand times that of others, and
+# the mean of squares would be that of this token; 99 of 100 stay below eight times the median
+_SENSITIVITY = SensitivityConfig(gradient_limit=10.0)
 # what decides without measuring, and would contradict a budget
 _DECIDE = ("scalar_frac", "thresholds", "gaps", "codebook", "fallback_scheme")
 
@@ -96,6 +100,7 @@ class RWKVQuantModifier(BudgetedModifier):
     Args:
         options: what a budget chooses from: grids as there, and codebooks such as ``CB6D2_G64x32``
             (:mod:`moeq_plugin.integrations.llm_compressor.allocation.options`).
+        sensitivity: as there; gradients of single tokens are limited by default.
         scalar_frac: share of the linears, by number, that stay scalar.
         thresholds: ``(tau_c, tau_f)``: stay scalar if both proxies are below, as in the paper,
             instead of by rank. The published (1.54, 30) belong to ``gaps="unique"`` and float16.
@@ -113,6 +118,7 @@ class RWKVQuantModifier(BudgetedModifier):
     """
 
     options: list[str] = Field(default_factory=lambda: list(DEFAULT_OPTIONS))
+    sensitivity: SensitivityConfig | str = _SENSITIVITY
     scalar_frac: float = Field(default=0.9, ge=0, le=1)
     thresholds: tuple[float, float] | None = None
     gaps: Gaps = "quantile"
