@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import rwkv_tables
 from ablation_tables import ablation, effects
 from domain_tables import calibration_sets
 from headline_figure import headline_figure
@@ -59,6 +60,12 @@ def main() -> None:
         "docs/awq.md": {"speed": awq_speed},
         "docs/peers.md": {"losses": losses, "costs": costs},
         "docs/solver.md": {"ingredients": ingredients, "few tokens": few_tokens},
+        "docs/rwkv.md": {
+            "choice": rwkv_tables.choice,
+            "formats": rwkv_tables.formats,
+            "elementwise": rwkv_tables.elementwise,
+            "rules": rwkv_tables.rules,
+        },
         "docs/scaling.md": {
             "measured": scaled,
             "memory": layer_memory,
