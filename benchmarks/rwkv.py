@@ -1,23 +1,23 @@
-"""Held-out distance to the original RWKV-7 at equal bits: grids, codebooks and hybrids of both.
+"""Held-out distance to the original RWKV-7 at equal bits: who gets a codebook, and which.
 
-    python benchmarks/rwkv.py [--quick] [--model FOLDER]
+    python benchmarks/rwkv.py [--quick] [--model FOLDER] [--out FILE]
 
-Writes ``benchmarks/results/rwkv.json``; ``--table`` prints its tables. Every method of one seed
-sees the same calibration sequences, so differences are paired and their standard error is over
-seeds. Bits per weight are those of the quantized weights with indices, codebooks, scales and zero
-points, scales counted at 16 bits.
+Writes ``benchmarks/results/rwkv.json`` after every run and goes on where it was stopped. All runs
+of one seed see the same calibration sequences, so differences are paired and their standard error
+is over seeds. Models are quantized in bfloat16 and compared in float32; bits are those that the
+record states, which are those of the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,27 +31,48 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moeq_plugin.rwkv  # noqa: F401 - makes transformers know RWKV-7
-from moeq_plugin import RWKVQuantModifier
+from moeq_plugin import BitBudget, RWKVQuantModifier, SensitivityTable, allocate_bits
+from moeq_plugin.core.allocation import Allocation
 from moeq_plugin.core.codebook import CodebookFormat
-from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import UniformityScore, score_uniformity
-from moeq_plugin.models.elementwise import ElementwiseScale
-from moeq_plugin.models.evaluation import Evaluation, evaluate
-from moeq_plugin.models.packed import (
-    CodebookLinear,
-    CodebookScale,
-    packed_modules,
-    unpack_modules,
-)
+from moeq_plugin.integrations.llm_compressor.rwkv.modifier import DEFAULT_OPTIONS
+from moeq_plugin.models.evaluation import evaluate
+from moeq_plugin.models.packed import CodebookLinear, packed_modules, unpack_modules
 
 RESULT = ROOT / "benchmarks" / "results" / "rwkv.json"
 SEQUENCES, LENGTH, HELDOUT, SEEDS = 16, 128, 32, (0, 1, 2)
-# budget: columns that share a scale, format of codebooks
+GRIDS = ("W2A16_G32", "W3A16_G64", "W4A16_G64", "W8A16_G64", "UNQUANTIZED")
+# budget: what may be taken per weight, the grid and the codebook that come nearest to it
 BUDGETS = {
-    "3.3": (64, CodebookFormat(6, 2, group_rows=128, group_columns=32)),
-    "3.6": (32, CodebookFormat(6, 2, group_rows=64, group_columns=32)),
+    "2.5": (2.55, {"num_bits": 2, "symmetric": False, "group_size": 32}, (5, 2, 256, 64)),
+    "3.25": (3.25, {"num_bits": 3, "symmetric": False, "group_size": 64}, (6, 2, 64, 64)),
 }
+W3 = {"num_bits": 3, "symmetric": False, "group_size": 64}
+# all weights in one format: bits per index, columns per index, rows and columns of a codebook
+FORMATS = (
+    (4, 2, 64, 32), (5, 2, 128, 64), (5, 2, 256, 64), (6, 2, 64, 32), (6, 2, 128, 64),
+    (6, 2, 256, 64), (7, 2, 128, 128), (7, 2, 512, 64),
+)  # fmt: skip
+TABLES = ("choice", "formats", "elementwise", "rules")  # the most wanted first
+ELEMENTWISE = CodebookFormat(3, 1, group_rows=1, group_columns=64)
 Scorer = Callable[[str, torch.Tensor], float | UniformityScore]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to do to the model.
+
+    Attributes:
+        table: of the page that it belongs to.
+        budget: likewise its row, with the method.
+        method: likewise.
+        make: returns the modifier; what it asks for is made when it is needed.
+    """
+
+    table: str
+    budget: str
+    method: str
+    make: Callable[[], RWKVQuantModifier]
 
 
 def kurtosis(_name: str, weight: torch.Tensor) -> float:
@@ -68,19 +89,8 @@ def distinct_gaps(_name: str, weight: torch.Tensor) -> UniformityScore:
     return score_uniformity(weight.half(), "unique")
 
 
-def scorers(seed: int) -> dict[str, Scorer]:
-    """Return what weights are ranked by instead of the proxy; the largest get codebooks."""
-    return {
-        "variance": lambda _name, w: w.var().item(),
-        "range": lambda _name, w: (w.max() - w.min()).item(),
-        "kurtosis": kurtosis,
-        "incoherence": incoherence,
-        "chance": lambda name, _w: random.Random(f"{seed} {name}").random(),
-    }
-
-
 class RankedBy(RWKVQuantModifier):
-    """The modifier with another ranking."""
+    """The modifier with another ranking; the largest get codebooks."""
 
     def score_weights(self, linears: dict[str, nn.Linear]) -> dict[str, UniformityScore]:
         """Return the other measure in place of both proxies."""
@@ -99,77 +109,198 @@ def ranked_by(scorer: Scorer, **arguments: Any) -> RankedBy:
     return modifier
 
 
-def methods(group_size: int, codebook: CodebookFormat, seed: int) -> dict[str, Any]:
-    """Return the modifiers of one budget by name."""
-    weights = {"num_bits": 3, "symmetric": False, "strategy": "group", "group_size": group_size}
-    groups = {"scalar": {"targets": ["Linear"], "weights": weights}}
-    common = {"config_groups": groups, "codebook": codebook, "elementwise": None}
-    result: dict[str, Any] = {
-        "GPTQ only": RWKVQuantModifier(**common, scalar_frac=1.0),
-        "codebook only": RWKVQuantModifier(**common, scalar_frac=0.0),
-        "hybrid, proxy by rank": RWKVQuantModifier(**common),
-        "hybrid, published thresholds": ranked_by(distinct_gaps, **common, thresholds=(1.54, 30.0)),
-        "hybrid, released rule (incoherence > 8)": ranked_by(
-            incoherence, **common, thresholds=(8.0, 8.0)
-        ),
-    }
-    for name, scorer in scorers(seed).items():
-        result[f"hybrid, {name}"] = ranked_by(scorer, **common)
-    if seed == SEEDS[0]:  # takes no data
-        result["RTN"] = RWKVQuantModifier(**common, scalar_frac=1.0, dampening_frac=1e9)
-    return result
+def in_one_format(form: tuple[int, ...], **arguments: Any) -> RWKVQuantModifier:
+    return RWKVQuantModifier(scalar_frac=0.0, codebook=CodebookFormat(*form), **arguments)
 
 
-def elementwise_methods(group_size: int, codebook: CodebookFormat) -> dict[str, Any]:
-    """Return the proxy's hybrid with element-wise weights in codebooks, fitted in several ways."""
-    weights = {"num_bits": 3, "symmetric": False, "strategy": "group", "group_size": group_size}
-    groups = {"scalar": {"targets": ["Linear"], "weights": weights}}
-    common = {"config_groups": groups, "codebook": codebook}
-    return {
-        "element-wise unweighted": RWKVQuantModifier(**common, elementwise_weighted=False),
-        "element-wise weighted": RWKVQuantModifier(**common),
-        "element-wise weighted, no clipping": RWKVQuantModifier(
-            **common, elementwise_percentile=100
-        ),
+def on_a_grid(weights: Mapping[str, Any], preset: str) -> RWKVQuantModifier:
+    group = {"targets": ["Linear"], "weights": {**weights, "strategy": "group"}}
+    return RWKVQuantModifier(config_groups={"grid": group}, scalar_frac=1.0, preset=preset)
+
+
+def cases(seed: int, measured: Callable[[], SensitivityTable], folder: Path) -> Iterator[Case]:
+    """Yield what is compared, the most wanted first."""
+    for budget, (bits, weights, form) in BUDGETS.items():
+        yield from choices(budget, bits, weights, form, seed, measured, folder)
+    yield from (
+        Case("formats", "", f"W3 group 64, {preset}", lambda p=preset: on_a_grid(W3, p))
+        for preset in ("fast", "balanced")
+    )
+    for form in FORMATS:
+        name = "codebook {}/{} in {} x {}".format(*form)
+        yield Case("formats", "", name, lambda f=form: in_one_format(f))
+    form = BUDGETS["3.25"][2]
+    ways: dict[str, dict[str, Any]] = {
+        "unweighted": {"elementwise_weighted": False},
+        "weighted": {},
+        "weighted, no clipping": {"elementwise_percentile": 100},
     }
+    for name, way in ways.items():
+        yield Case(
+            "elementwise",
+            "3.25",
+            name,
+            lambda way=way: in_one_format(form, elementwise=ELEMENTWISE, **way),
+        )
+    yield from rules(seed)
+
+
+def choices(
+    budget: str,
+    bits: float,
+    weights: Mapping[str, Any],
+    form: tuple[int, ...],
+    seed: int,
+    measured: Callable[[], SensitivityTable],
+    folder: Path,
+) -> Iterator[Case]:
+    """Yield ways to choose formats under one budget."""
+
+    def allocated(options: tuple[str, ...], *, by_chance: bool = False) -> RWKVQuantModifier:
+        table = with_options(measured(), options)
+        found = allocate_bits(table, BitBudget(bits_per_weight=bits), target="linear")
+        if by_chance:
+            found = drawn(table, found, seed)
+        path = folder / f"{budget}-{seed}-{len(options)}-{by_chance}.json"
+        found.save(path)
+        return RWKVQuantModifier(allocation=str(path))
+
+    group = {"targets": ["Linear"], "weights": {**weights, "strategy": "group"}}
+    mixed = {"config_groups": {"grid": group}, "codebook": CodebookFormat(*form)}
+    both = tuple(dict.fromkeys((*DEFAULT_OPTIONS, *GRIDS[:2])))
+    made: dict[str, Callable[[], RWKVQuantModifier]] = {
+        "GPTQ, searched ranges": lambda: on_a_grid(weights, "balanced"),
+        "one codebook for all": lambda: in_one_format(form),
+        "measured, codebooks and grids": lambda: allocated(both),
+        "measured, grids only": lambda: allocated(GRIDS),
+        "chance, codebooks and grids": lambda: allocated(both, by_chance=True),
+        "proxy, one of ten in a codebook": lambda: RWKVQuantModifier(**mixed),
+    }
+    yield from (Case("choice", budget, name, make) for name, make in made.items())
+
+
+def rules(seed: int) -> Iterator[Case]:
+    """Yield rules that need no data, at the second budget."""
+    budget = "3.25"
+    _, weights, form = BUDGETS[budget]
+    group = {"targets": ["Linear"], "weights": {**weights, "strategy": "group"}}
+    common = {"config_groups": {"grid": group}, "codebook": CodebookFormat(*form)}
+    scorers: dict[str, Scorer] = {
+        "variance": lambda _name, w: w.var().item(),
+        "range": lambda _name, w: (w.max() - w.min()).item(),
+        "kurtosis": kurtosis,
+        "incoherence": incoherence,
+        "chance": lambda name, _w: random.Random(f"{seed} {name}").random(),
+    }
+    for name, scorer in scorers.items():
+        yield Case("rules", budget, name, lambda s=scorer: ranked_by(s, **common))
+    for name, scorer, thresholds in (
+        ("published thresholds", distinct_gaps, (1.54, 30.0)),
+        ("released rule (incoherence > 8)", incoherence, (8.0, 8.0)),
+    ):
+        yield Case(
+            "rules",
+            budget,
+            name,
+            lambda s=scorer, t=thresholds: ranked_by(s, **common, thresholds=t),
+        )
+
+
+def with_options(table: SensitivityTable, options: tuple[str, ...]) -> SensitivityTable:
+    """Return the part of a table that is about these options."""
+    columns = [table.options.index(option) for option in options]
+    return dataclasses.replace(
+        table,
+        options=options,
+        loss=table.loss[:, :, columns],
+        num_bytes=table.num_bytes[:, columns],
+    )
+
+
+def drawn(table: SensitivityTable, like: Allocation, seed: int) -> Allocation:
+    """Return an allocation that spends the same bytes without looking at losses.
+
+    From the smallest options on, linears are drawn and get their next larger option, until none
+    fits any more.
+    """
+    rng, rows = random.Random(seed), range(len(table.rows))
+    ranked = table.num_bytes.argsort(1)
+    place = [0 for _ in rows]
+
+    def size(row: int, place: int) -> int:
+        return int(table.num_bytes[row, ranked[row, place]])
+
+    total, open_rows = sum(size(row, 0) for row in rows), list(rows)
+    while open_rows:
+        row = rng.choice(open_rows)
+        more = size(row, place[row] + 1) - size(row, place[row])
+        if more > like.limit_bytes - total or place[row] + 2 == len(table.options):
+            open_rows.remove(row)  # not to 16 bit: that is where bytes are wasted by any rule
+            continue
+        total, place[row] = total + more, place[row] + 1
+    chosen = [int(ranked[row, place[row]]) for row in rows]
+    choice = {name: table.options[o] for name, o in zip(table.rows, chosen, strict=True)}
+    bits = 8 * total / int(table.num_weights.sum())
+    return dataclasses.replace(like, choice=choice, num_bytes=total, bits_per_weight=bits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, a few sequences")
-    parser.add_argument("--table", action="store_true", help="print the tables of the results")
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "assets" / "tiny_rwkv")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    if arguments.table:
-        print(tables(json.loads(arguments.out.read_text())))
-        return
     torch.set_num_threads(1)
     corpus = load_corpus(arguments.model)
     seeds, sequences, heldout = ((0,), 4, 8) if arguments.quick else (SEEDS, SEQUENCES, HELDOUT)
+    asked = {"model": corpus.name, "sequences": sequences, "length": LENGTH, "heldout": heldout}
+    content: dict[str, Any] = {**asked, "runs": []}
+    if arguments.out.is_file():
+        before = json.loads(arguments.out.read_text())
+        if {name: before.get(name) for name in asked} == asked:
+            content = before
     batches = corpus.heldout_batches(heldout, LENGTH)
-    reference = Remembered(load(corpus.model), batches)
-    content: dict[str, Any] = {"sequences": sequences, "length": LENGTH, "heldout": heldout}
-    content |= {"model": corpus.name, "runs": [], "file": measure_file(corpus, sequences)}
+    reference = Remembered(load(corpus.model).float(), batches)
     began = time.monotonic()
-    for seed in seeds:
-        cases = [(b, n, m) for b, of in BUDGETS.items() for n, m in methods(*of, seed).items()]
-        cases += [("3.3", n, m) for n, m in elementwise_methods(*BUDGETS["3.3"]).items()]
-        done: dict[Any, dict[str, Any]] = {}
-        for budget, name, modifier in cases:
+    with tempfile.TemporaryDirectory() as folder:
+        tables = {seed: Measured(corpus, sequences, seed) for seed in seeds}
+        # seed by seed within a kind of table, so that what is there first is whole
+        plan = [(c, s) for s in seeds for c in cases(s, tables[s], Path(folder))]
+        plan.sort(
+            key=lambda item: ("choice", "formats", "elementwise", "rules").index(item[0].table)
+        )
+        done = {(r["table"], r["budget"], r["method"], r["seed"]) for r in content["runs"]}
+        for case, seed in plan:
+            if (case.table, case.budget, case.method, seed) in done:
+                continue
             model = load(corpus.model)
-            # rules that choose the same weights give the same model
-            same = (budget, modifier.elementwise and name, name == "RTN", chosen(modifier, model))
-            if same not in done:
-                dense = {n: p.shape.numel() for n, p in model.named_parameters()}
-                quantize(model, modifier, corpus, sequences, seed)
-                described = describe(model, dense)
-                unpack_modules(model)
-                found = evaluate(model.eval(), reference, batches)
-                done[same] = {**described, **distances(found)}
-            content["runs"].append({"budget": budget, "method": name, "seed": seed, **done[same]})
+            modifier = case.make()
+            quantize(model, modifier, corpus, sequences, seed)
+            described = describe(model, modifier)
+            unpack_modules(model)
+            found = evaluate(model.float().eval(), reference, batches)
+            of = {"table": case.table, "budget": case.budget, "method": case.method, "seed": seed}
+            content["runs"].append({**of, **described, **distances(found)})
             print(f"{time.monotonic() - began:.0f} s {content['runs'][-1]}", flush=True)
             arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+class Measured:
+    """The losses of all options on one seed's data, measured when they are first asked for."""
+
+    def __init__(self, corpus: Corpus, sequences: int, seed: int) -> None:
+        self._of = corpus, sequences, seed
+        self._table: SensitivityTable | None = None
+
+    def __call__(self) -> SensitivityTable:
+        """Return the table."""
+        if self._table is None:
+            corpus, sequences, seed = self._of
+            options = list(dict.fromkeys((*DEFAULT_OPTIONS, *GRIDS)))
+            modifier = RWKVQuantModifier(options=options).sensitivity_modifier()
+            quantize(load(corpus.model), modifier, corpus, sequences, seed)
+            self._table = modifier.table
+        return self._table
 
 
 def load_corpus(model: Path) -> Corpus:
@@ -181,8 +312,8 @@ def load_corpus(model: Path) -> Corpus:
     return Corpus(model.name, model, calibration, heldout)
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+def load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
 
 
 class Remembered(nn.Module):
@@ -198,133 +329,42 @@ class Remembered(nn.Module):
         return SimpleNamespace(logits=self._logits[input_ids])
 
 
-def quantize(
-    model: Any, modifier: Any, corpus: Corpus, sequences: int, seed: int, **arguments: Any
-) -> None:
+def quantize(model: Any, modifier: Any, corpus: Corpus, sequences: int, seed: int) -> None:
     oneshot(
         model=model,
         recipe=modifier,
         dataset=corpus.calibration_set(sequences, LENGTH, seed),
         num_calibration_samples=sequences,
         max_seq_length=LENGTH,
+        shuffle_calibration_samples=False,
         batch_size=8,
-        **arguments,
     )
 
 
-def chosen(modifier: Any, model: nn.Module) -> frozenset[str]:
-    """Return the linears that a modifier will leave on a scalar grid."""
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    scores = modifier.score_weights(linears)
-    if modifier.thresholds is not None:
-        return choose_scalar_below(scores, *modifier.thresholds)
-    return choose_scalar(scores, scalar_frac=modifier.scalar_frac)
-
-
-def distances(found: Evaluation) -> dict[str, float]:
+def distances(found: Any) -> dict[str, float]:
     names = ("kl", "kl_stderr", "perplexity", "reference_perplexity")
     return {name: getattr(found, name) for name in names}
 
 
-def describe(model: Any, dense: dict[str, int]) -> dict[str, Any]:
-    """Return the bits that quantized weights take and how many have which format."""
-    packed = packed_modules(model)
-    bits = weights = scalar = in_codebooks = 0
-    for module in packed.values():
-        bits += module.form.num_bits(module.matrix_shape)
-        weights += module.weight_shape.numel()
-        in_codebooks += module.weight_shape.numel() * isinstance(module, CodebookLinear)
-    for name, module in model.named_modules():
-        scheme = getattr(module, "quantization_scheme", None)
-        if scheme is not None:
-            args, numel = scheme.weights, dense[f"{name}.weight"]
-            bits += numel * args.num_bits + numel // args.group_size * (16 + args.num_bits)
-            weights += numel
-            scalar += 1
+def describe(model: Any, modifier: RWKVQuantModifier) -> dict[str, Any]:
+    """Return the bits that quantized weights take, and how many linears have which format."""
+    schemes = [record.scheme for record in modifier.record.linears]
+    coded = [m for m in packed_modules(model).values() if isinstance(m, CodebookLinear)]
     return {
-        "bits_per_weight": bits / weights,
-        "num_scalar": scalar,
-        "num_codebook": sum(isinstance(m, CodebookLinear) for m in packed.values()),
-        "codebook_frac": in_codebooks / weights,  # of the quantized elements
-        "num_elementwise": sum(isinstance(m, CodebookScale) for m in packed.values()),
+        "bits_per_weight": bits_of_all(modifier),
+        "num_linears": len(schemes),
+        "num_codebook": len(coded),
+        "schemes": {scheme: schemes.count(scheme) for scheme in sorted(set(schemes))},
     }
 
 
-def measure_file(corpus: Corpus, sequences: int) -> dict[str, float]:
-    """Save the default recipe's result in bfloat16 and compare the file with what is reported."""
-    model = load(corpus.model, torch.bfloat16)
-    kinds = (nn.Linear, ElementwiseScale)
-    names = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-    total = sum(p.numel() for p in model.parameters())
-    quantized = sum(
-        p.numel() for n, p in model.named_parameters()
-        if n.rpartition(".")[0] in names - {"lm_head"} and n.endswith(".weight")
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        quantize(model, RWKVQuantModifier(), corpus, sequences, 0, output_dir=str(out))
-        run = json.loads((out / "moeq_run.json").read_text())["runs"][0]
-        size = (out / "model.safetensors").stat().st_size
-        with (out / "model.safetensors").open("rb") as file:
-            index = 8 + int.from_bytes(file.read(8), "little")
-    stated = quantized * run["bits_per_weight"] / 8 + 2 * (total - quantized)
-    return {
-        "bytes": size,
-        "index_bytes": index,  # names and shapes of the tensors
-        "stated_bytes": stated,
-        "bfloat16_bytes": 2 * total,
-        "ratio": size / stated,
-        "ratio_without_index": (size - index) / stated,
-        "bits_per_weight": run["bits_per_weight"],
-    }
-
-
-def tables(content: dict[str, Any]) -> str:
-    """Return KL to 16 bit, mean over seeds, with its paired change against GPTQ alone."""
-    runs = content["runs"]
-    rows = ["| method | bits | in codebooks | KL to 16 bit | against GPTQ only | perplexity |"]
-    rows.append("|---" * 6 + "|")
-    base = {(r["budget"], r["seed"]): r["kl"] for r in runs if r["method"] == "GPTQ only"}
-    by_method: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        by_method.setdefault((run["budget"], run["method"]), []).append(run)
-    for (budget, method), of in sorted(by_method.items(), key=lambda item: item[0][0]):
-        change = [100 * (r["kl"] / base[budget, r["seed"]] - 1) for r in of]
-        error = f" ± {statistics.stdev(change) / len(of) ** 0.5:.1f}" if len(of) > 1 else ""
-        keys = ("bits_per_weight", "kl", "codebook_frac", "perplexity")
-        mean = {key: statistics.mean(r[key] for r in of) for key in keys}
-        count = statistics.mean(r["num_codebook"] for r in of)
-        rows.append(
-            f"| {method} | {mean['bits_per_weight']:.3f} | {count:.0f}, "
-            f"{100 * mean['codebook_frac']:.0f} % | {mean['kl']:.5f} "
-            f"| {statistics.mean(change):+.1f}{error} % | {mean['perplexity']:.3f} |"
-        )
-    reference = runs[0]["reference_perplexity"]
-    pairs = [
-        ("3.3", "element-wise weighted", "element-wise unweighted"),
-        ("3.3", "element-wise weighted", "element-wise weighted, no clipping"),
-        ("3.3", "element-wise weighted", "hybrid, proxy by rank"),
-        *((budget, "hybrid, proxy by rank", "hybrid, chance") for budget in BUDGETS),
-        *((budget, "hybrid, proxy by rank", "codebook only") for budget in BUDGETS),
-    ]
-    lines = [paired(by_method[b, one], by_method[b, other]) for b, one, other in pairs]
-    return "\n".join([*rows, "", *lines, "", f"Perplexity in 16 bit: {reference:.3f}", ""])
-
-
-def paired(of_one: list[dict[str, Any]], of_other: list[dict[str, Any]]) -> str:
-    """Return how much larger the KL of one method is than that of another, seed by seed."""
-    pairs = zip(of_one, of_other, strict=True)
-    change = [100 * (one["kl"] / other["kl"] - 1) for one, other in pairs]
-    error = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
-    one, other = of_one[0], of_other[0]
-    return (
-        f"- {one['budget']} bits, {one['method']} against {other['method']}: "
-        f"{statistics.mean(change):+.1f} ± {error:.1f} %"
-    )
+def bits_of_all(modifier: RWKVQuantModifier) -> float:
+    """Return the bits per weight of all linears that are chosen for, those in 16 bit among them."""
+    if modifier.allocation is not None:
+        return Allocation.load(modifier.allocation).bits_per_weight
+    found = modifier.record.bits_per_weight
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":

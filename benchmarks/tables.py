@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import rwkv_tables
 from ablation_tables import ablation, effects
 from after_rounding_tables import block_reconstruction, router_refit
 from domain_tables import calibration_sets
@@ -64,6 +65,12 @@ def main() -> None:
             "few tokens": few_tokens,
             "routers": router_refit,
             "blocks": block_reconstruction,
+        },
+        "docs/rwkv.md": {
+            "choice": rwkv_tables.choice,
+            "formats": rwkv_tables.formats,
+            "elementwise": rwkv_tables.elementwise,
+            "rules": rwkv_tables.rules,
         },
         "docs/scaling.md": {
             "measured": scaled,

@@ -31,6 +31,7 @@ class Role(StrEnum):
     HYPER_CONNECTION = Kind.HYPER_CONNECTION.value
     NORM = Kind.NORM.value
     PREDICTION = Kind.PREDICTION.value
+    STATE_FACTOR = Kind.STATE_FACTOR.value
     OTHER = "other"
 
 

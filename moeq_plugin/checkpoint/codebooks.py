@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeq_plugin.core.scheme_words import codebook_in_words
+
 METHOD = "moeq"
 VERSIONS = (2, 3)
 _FIELDS = {"index_bits": 12, "vector_dim": 8, "group_rows": 1 << 20, "group_columns": 1 << 20}
@@ -27,7 +29,7 @@ class Codebooks:
         vector_dim: columns that share one.
         group_rows: rows that share a codebook.
         group_columns: columns that share it.
-        scale_dtype: name of the dtype of the scales.
+        scale_dtype: name of the dtype of the scales, that of the model.
     """
 
     index_bits: int
@@ -36,11 +38,20 @@ class Codebooks:
     group_columns: int
     scale_dtype: str
 
+    @classmethod
+    def of(cls, *fields: int, scale_dtype: str = "bfloat16") -> Codebooks:
+        """Return the format with these fields, in their order.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        group = dict(zip(_FIELDS, fields, strict=True), scale_dtype=scale_dtype)
+        return _codebooks("codebook format", group)
+
     def describe(self) -> str:
         """Return the format in words."""
-        return (
-            f"codebook {self.index_bits} bit per {self.vector_dim}, "
-            f"{self.group_rows} x {self.group_columns}"
+        return codebook_in_words(
+            self.index_bits, self.vector_dim, self.group_rows, self.group_columns
         )
 
     def num_words(self, shape: tuple[int, int]) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeq_plugin.checkpoint.architecture import Saved
+from moeq_plugin.checkpoint.codebooks import Codebooks
 from moeq_plugin.checkpoint.formats import tensors_of
 from moeq_plugin.checkpoint.headers import BITS
 from moeq_plugin.checkpoint.layout import FUSED_EXPERTS, Layout
@@ -15,6 +16,7 @@ from moeq_plugin.checkpoint.schemes import Scheme
 from moeq_plugin.core.names import canonical, is_prediction
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NAMES = {letters: name for name, letters in _DTYPES.items()}
 _ALWAYS_FLOAT32 = "e_score_correction_bias"  # transformers keeps it so, whatever the model's dtype
 
 
@@ -32,7 +34,7 @@ class Output:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-def outputs_of(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[Output]:
+def outputs_of(layout: Layout, targeted: set[str], scheme: Scheme | Codebooks) -> Iterator[Output]:
     """Yield what saving the quantized model writes.
 
     Args:
@@ -71,7 +73,9 @@ def _is_loaded(layout: Layout, name: str) -> bool:
     return not is_prediction(name, layout.architecture.num_layers)
 
 
-def _as_described(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterator[Output]:
+def _as_described(
+    layout: Layout, targeted: set[str], scheme: Scheme | Codebooks
+) -> Iterator[Output]:
     architecture = layout.architecture
     family = architecture.family
     declared = layout.checkpoint.config.get("dtype", layout.checkpoint.config.get("torch_dtype"))
@@ -97,7 +101,9 @@ def _as_described(layout: Layout, targeted: set[str], scheme: Scheme) -> Iterato
             yield Output(f"{name}.bias", stored, architecture.others[bias])
 
 
-def _as_built(layout: Layout, saved: Saved, targeted: set[str], scheme: Scheme) -> Iterator[Output]:
+def _as_built(
+    layout: Layout, saved: Saved, targeted: set[str], scheme: Scheme | Codebooks
+) -> Iterator[Output]:
     names = {f"{saved.names[name]}.weight": layout.architecture.linears[name] for name in targeted}
     for name, (dtype, shape) in saved.tensors.items():
         if name in names:
@@ -108,13 +114,17 @@ def _as_built(layout: Layout, saved: Saved, targeted: set[str], scheme: Scheme) 
 
 
 def _of_linear(
-    name: str, scheme: Scheme | None, shape: tuple[int, int], dtype: str
+    name: str, scheme: Scheme | Codebooks | None, shape: tuple[int, int], dtype: str
 ) -> Iterator[Output]:
     """Yield the tensors of a linear, floats among them in the model's dtype.
 
     Raises:
         ValueError: if the scheme's format is not known.
     """
+    if isinstance(scheme, Codebooks):
+        form = replace(scheme, scale_dtype=_NAMES[dtype])
+        yield Output(f"{name}.packed", "I32", (form.num_words(shape),))
+        return
     wanted = tensors_of(scheme, shape)
     if wanted is None:
         raise ValueError(f"the sizes of format {scheme and scheme.form!r} are not known here")

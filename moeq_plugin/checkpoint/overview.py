@@ -24,7 +24,7 @@ from moeq_plugin.checkpoint.schemes import Scheme, Schemes, describe
 from moeq_plugin.core.names import canonical, layer_of
 from moeq_plugin.untrusted.reading import read_json
 
-_ONLY_OURS = ("rwkv6", "rwkv7")
+ONLY_OURS = ("rwkv6", "rwkv7")  # families that nobody reads without us
 _RWKV_READERS = {
     "vllm": ("has no such model",),
     "transformers": ("only after `import moeq_plugin.integrations.hf`",),
@@ -204,7 +204,7 @@ def _num_parameters(layout: Layout) -> int:
 
 def _readers(layout: Layout, name_for_llama: NameForLlama | None) -> dict[str, list[str]]:
     """Return what each reader cannot do; the same checks as those of a verification."""
-    if layout.architecture.family in _ONLY_OURS:
+    if layout.architecture.family in ONLY_OURS:
         return {reader: list(limits) for reader, limits in _RWKV_READERS.items()}
     found: dict[str, list[Finding]] = {
         "vllm": [*check_mixed_schemes(layout, "vllm"), *check_vllm(layout, "vllm")],

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeq_plugin.checkpoint.architecture import KEPT, Architecture, Linear
-from moeq_plugin.checkpoint.checks.findings import UNREADABLE, Finding
+from moeq_plugin.checkpoint.checks.findings import UNREADABLE, Finding, warning
 from moeq_plugin.checkpoint.checks.readers import check_transformers, check_vllm
 from moeq_plugin.checkpoint.checks.structure import check_structure
 from moeq_plugin.checkpoint.checks.tensor_parallel import check_parallel
+from moeq_plugin.checkpoint.codebooks import Codebooks
 from moeq_plugin.checkpoint.headers import header_bytes
 from moeq_plugin.checkpoint.layout import Build, Layout, lay_out
 from moeq_plugin.checkpoint.lookup import Lookup
@@ -54,7 +55,7 @@ class Plan:
 
 
 def plan_quantization(
-    path: str | Path, scheme: Scheme, *, tp: int = 1, build: Build | None = None
+    path: str | Path, scheme: Scheme | Codebooks, *, tp: int = 1, build: Build | None = None
 ) -> Plan:
     """Plan to quantize all linears but routers, shared-expert gates and the output embedding.
 
@@ -78,7 +79,8 @@ def plan_quantization(
     architecture = layout.architecture
     linears = [linear for linear in architecture.linears.values() if not linear.is_mtp]
     wanted = [linear for linear in linears if linear.role not in KEPT]
-    size = scheme.group_size or 1
+    # of the input columns: what shares a scale, or an index
+    size = scheme.vector_dim if isinstance(scheme, Codebooks) else scheme.group_size or 1
     targeted = [linear for linear in wanted if linear.shape[1] % size == 0]
     outputs = list(outputs_of(layout, {linear.name for linear in targeted}, scheme))
     copied = copied_tensors(layout)
@@ -115,9 +117,16 @@ def _check_source(layout: Layout, path: str | Path) -> None:
         )
 
 
-def _warnings(layout: Layout, targeted: list[Linear], scheme: Scheme, tp: int) -> Iterator[Finding]:
+def _warnings(
+    layout: Layout, targeted: list[Linear], scheme: Scheme | Codebooks, tp: int
+) -> Iterator[Finding]:
     """Yield what readers would find in the checkpoint, as a verification of it would."""
     architecture = layout.architecture
+    if isinstance(scheme, Codebooks):
+        what = f"no server reads codebooks ({scheme.describe()})"
+        way_out = "import moeq_plugin.integrations.hf, and load it with transformers"
+        yield warning("vllm-refuses", "config.json", what, way_out)
+        return
     planned: dict[str, Scheme | None] = dict.fromkeys(layout.stored)
     planned |= {linear.name: scheme for linear in targeted}
     schemes = Schemes("compressed-tensors", (Group(("Linear",), scheme),))

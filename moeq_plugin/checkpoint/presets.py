@@ -6,7 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from moeq_plugin.checkpoint.codebooks import Codebooks
 from moeq_plugin.checkpoint.schemes import Scheme
+from moeq_plugin.core.scheme_words import codebook_named
 
 _NAME = re.compile(r"(?:W([2-8])A16|(W4A16_ASYM)|(W8A8|INT8))(?:_G(\d{1,5}))?")
 _GROUP_SIZE = 128
@@ -49,8 +51,10 @@ def served_by(names: Iterable[str]) -> str:
     )
 
 
-def scheme_named(name: str) -> Scheme:
+def scheme_named(name: str) -> Scheme | Codebooks:
     """Return the scheme of a name such as ``W4A16``, ``W4A16_ASYM``, ``W8A8`` or ``W3A16_G64``.
+
+    ``CB6D2_G64x32`` are codebooks: 6 bits for 2 columns, 64 rows times 32 columns share one.
 
     Raises:
         ValueError: for other names.
@@ -59,12 +63,14 @@ def scheme_named(name: str) -> Scheme:
         >>> scheme_named("W3A16_G64").describe()
         'W3 symmetric group 64'
     """
+    if fields := codebook_named(name):
+        return Codebooks.of(*fields)
     found = _NAME.fullmatch(name)
     group_size = int(found[4]) if found and found[4] else None
     if found is None or group_size == 0:
         raise ValueError(
             f"{ascii(name)} is not a scheme that can be planned for: W2A16 to W8A16, W4A16_ASYM or "
-            "W8A8, with _G64 or the like for another group size"
+            "W8A8, with _G64 or the like for another group size, or codebooks such as CB6D2_G64x32"
         )
     if found[3]:
         strategy = "group" if group_size else "channel"

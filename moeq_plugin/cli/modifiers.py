@@ -12,8 +12,6 @@ from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
 
-_BUDGETS = {"bits_per_weight", "size_gb", "allocation"}
-
 
 def of_request(model: str, *, target: str, work_dir: str, **settings: Any) -> list[Any]:
     """Return the modifiers of a request.
@@ -33,10 +31,9 @@ def of_request(model: str, *, target: str, work_dir: str, **settings: Any) -> li
     _check_patterns(settings.get("ignore"))
     if "scheme" in settings:
         settings |= of_scheme(settings.pop("scheme"))
-    if is_rwkv(model) and not settings.keys() & _BUDGETS:
-        say(f"{model}: RWKV keeps no state while it is quantized, a kill loses the run", err=True)
-        return modifiers_for_rwkv(**settings)
     settings |= {"target": target, "work_dir": work_dir}
+    if is_rwkv(model):
+        return modifiers_for_rwkv(**settings)
     return [MoEQuantModifier(**{"ignore": ["lm_head"], **settings})]
 
 
@@ -103,7 +100,7 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
     """
     from llmcompressor.recipe import Recipe
 
-    from moeq_plugin import MoEQuantModifier
+    from moeq_plugin.integrations.llm_compressor.moequant.budgeted import BudgetedModifier
 
     check_recipe(path)
     try:
@@ -113,7 +110,7 @@ def of_recipe(path: Path, work_dir: Path) -> list[Any]:
         raise ValueError(f"{path} is not a recipe: {reason}") from error
     if not modifiers:
         raise ValueError(f"{path} names no modifier")
-    if len(modifiers) == 1 and isinstance(modifiers[0], MoEQuantModifier):
+    if len(modifiers) == 1 and isinstance(modifiers[0], BudgetedModifier):
         return [modifiers[0].model_copy(update={"work_dir": str(work_dir)})]
     say(f"{path}: such a recipe keeps no state, a kill loses the run", err=True)
     return modifiers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from moeq_plugin.cli.planned import (
     plan_lines,
     prediction_line,
 )
+from moeq_plugin.cli.rwkv import is_rwkv, measuring_rwkv
 from moeq_plugin.cli.shared import app, errors, say, say_json
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def _measure(
     from moeq_plugin.files.atomic import write_whole
     from moeq_plugin.integrations.llm_compressor.allocation.sensitivity import SensitivityModifier
 
-    modifier = SensitivityModifier(options=options) if options else SensitivityModifier()
+    asked: dict[str, Any] = {"options": options} if options else {}
+    modifier = measuring_rwkv(**asked) if is_rwkv(model) else SensitivityModifier(**asked)
     with display(phases=["measure"], jsonl=False):
         run_oneshot(model, modifier, data, trust_remote_code=trust_remote_code, **data.or_written())
     write_whole(path, modifier.table.save)

@@ -26,6 +26,7 @@ def plan_lines(found: Plan, scheme: str, model: Path) -> Iterator[str]:
         model: directory of the 16-bit model.
     """
     from moeq_plugin.checkpoint.presets import scheme_named
+    from moeq_plugin.checkpoint.schemes import Scheme
 
     arch, parsed = found.architecture, scheme_named(scheme)
     experts = (
@@ -52,10 +53,14 @@ def plan_lines(found: Plan, scheme: str, model: Path) -> Iterator[str]:
         )
     if found.misfits:
         some = ", ".join(found.misfits[:3])
+        if isinstance(parsed, Scheme):
+            what = f"groups of {parsed.group_size}"
+            use = f"another group size, such as {scheme}_G32"
+        else:
+            what, use = f"vectors of {parsed.vector_dim}", "codebooks of other vectors"
         yield (
-            f"refused: groups of {parsed.group_size} do not divide the columns of "
-            f"{len(found.misfits)} linears ({some}): use another group size, such as {scheme}_G32, "
-            "or `ignore` them"
+            f"refused: {what} do not divide the columns of {len(found.misfits)} linears ({some}): "
+            f"use {use}, or `ignore` them"
         )
     for warning in found.warnings:
         yield f"warning: {warning.where}: {warning.what}; {warning.way_out}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from moeq_plugin.untrusted.reading import read_json
 
-_FEEDS_THE_STATE = r"re:.*\.att\.([wavg][12]|time_maa_w[12].*|time_decay_w[12])$"
+BUDGETS = {"bits_per_weight", "size_gb", "allocation"}
 
 
 def is_official_rwkv(model: str) -> bool:
@@ -32,21 +32,30 @@ def know_rwkv(model: str) -> None:
 
 
 def modifiers_for_rwkv(**settings: Any) -> list[Any]:
-    """Return the modifiers of a request that is a scheme, or nothing: codebooks then.
-
-    The low-rank factors stay in 16 bit, as the head does: what feeds the recurrent state is a few
-    per cent of the weights, and its errors add up from token to token.
+    """Return the modifiers of a request: of a scheme, of a budget, or of nothing: codebooks then.
 
     Args:
         **settings: fields of the modifier.
     """
     from moeq_plugin import RWKVQuantModifier
 
-    asked: dict[str, Any] = {
-        "scalar_frac": 1.0 if settings.keys() & {"scheme", "config_groups"} else 0.0
-    }
-    asked |= {"elementwise": None, "ignore": ["lm_head", _FEEDS_THE_STATE]}
-    return [RWKVQuantModifier(**{**asked, **settings})]
+    asked: dict[str, Any] = {"ignore": ["lm_head"], **settings}
+    if settings.keys() & {"scheme", "config_groups"}:
+        asked["scalar_frac"] = 1.0
+    elif not settings.keys() & BUDGETS:
+        asked["scalar_frac"] = 0.0
+    return [RWKVQuantModifier(**asked)]
+
+
+def measuring_rwkv(**settings: Any) -> Any:
+    """Return what measures the losses of an RWKV as a budget would.
+
+    Args:
+        **settings: fields of the modifier that would be given the budget.
+    """
+    from moeq_plugin import RWKVQuantModifier
+
+    return RWKVQuantModifier(**settings).sensitivity_modifier()
 
 
 def load_official(path: str, dtype: str) -> Any:

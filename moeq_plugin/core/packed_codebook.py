@@ -52,8 +52,13 @@ class PackedFormat(CodebookFormat):
     @classmethod
     def of(cls, weight: CodebookWeight) -> PackedFormat:
         """Return the format that stores a weight exactly."""
-        scale_dtype = str(weight.scale.dtype).removeprefix("torch.")
-        return cls(**asdict(weight.form) | {"scale_dtype": scale_dtype})
+        return cls.to_store(weight.form, weight.scale.dtype)
+
+    @classmethod
+    def to_store(cls, form: CodebookFormat, dtype: torch.dtype) -> PackedFormat:
+        """Return the format that stores weights of a dtype in a codebook format."""
+        scale_dtype = str(dtype).removeprefix("torch.")
+        return cls(**asdict(form) | {"scale_dtype": scale_dtype})
 
     def sizes(self, shape: tuple[int, int]) -> list[int]:
         """Return the bytes of indices, scales, codebooks and padding of a matrix of ``shape``."""

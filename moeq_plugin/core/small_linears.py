@@ -6,6 +6,7 @@ The standard library only, as :mod:`moeq_plugin.core.names`.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 
 
@@ -19,6 +20,7 @@ class Kind(StrEnum):
     HYPER_CONNECTION = "hyper-connection"
     NORM = "part of a norm"
     PREDICTION = "next-token prediction"
+    STATE_FACTOR = "low-rank factor that feeds a recurrent state"
 
 
 _LAST = {
@@ -28,6 +30,11 @@ _LAST = {
     "dt_proj": Kind.STATE_GATE, "x_proj": Kind.STATE_GATE,
     "g_proj": Kind.HEAD_GATE,
 }  # fmt: skip
+# RWKV-7's decay, learning rate, value and gate; RWKV-6's decay and token shift, whose second factor
+# is a list. Errors of a state add up from token to token
+_STATE_FACTOR = re.compile(
+    r"(?:.*\.)?att\.(?:[wavg][12]|time_maa_w[12](?:\.\d+)?|time_decay_w[12])"
+)
 _WITHIN = {"indexer": Kind.INDEXER, "compressor": Kind.COMPRESSOR, "mtp": Kind.PREDICTION}
 
 
@@ -39,7 +46,11 @@ def small_kind(name: str) -> Kind | None:
         <Kind.STATE_GATE: 'gate of a recurrent state'>
         >>> small_kind("model.layers.0.self_attn.indexer.wk")
         <Kind.INDEXER: 'indexer of sparse attention'>
+        >>> small_kind("model.blocks.0.att.w1").value
+        'low-rank factor that feeds a recurrent state'
     """
+    if _STATE_FACTOR.fullmatch(name):
+        return Kind.STATE_FACTOR
     *parents, last = name.split(".")
     if last in _LAST:
         return _LAST[last]

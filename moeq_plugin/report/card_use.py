@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeq_plugin.checkpoint.overview import inspect_model
+from moeq_plugin.checkpoint.codebooks import METHOD
+from moeq_plugin.checkpoint.overview import ONLY_OURS, inspect_model
 from moeq_plugin.report.directory import Findings
 from moeq_plugin.untrusted.broken import BROKEN
 
@@ -24,6 +25,9 @@ model = load_dequantized("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+_AFTER_IMPORT = """\
+import moeq_plugin.integrations.hf  # transformers knows this model from here on
+"""
 _SERVER = """\
 vllm serve {name} --tensor-parallel-size 1
 curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -44,11 +48,21 @@ def use(found: Findings, name: str) -> Iterator[str]:
     else:
         why = misread["vllm"][0].removeprefix("vllm: ")
         yield from ("", f"No line that serves it stands here, because of vLLM: {why}")
-    code = _WITH_OURS if "transformers" in misread else _WITH_TRANSFORMERS
+    if needs_import(found):
+        code = _AFTER_IMPORT + _WITH_TRANSFORMERS
+    else:
+        code = _WITH_OURS if "transformers" in misread else _WITH_TRANSFORMERS
     yield from ("", "```python", *code.format(name=name).splitlines(), "```")
     if misread:
         yield from ("", "Before you load it:", "")
         yield from dict.fromkeys(f"- {limit}" for limits in misread.values() for limit in limits)
+
+
+def needs_import(found: Findings) -> bool:
+    """Tell whether only transformers reads the checkpoint, and only after an import of ours."""
+    section = found.config.get("quantization_config")
+    has_codebooks = isinstance(section, dict) and section.get("quant_method") == METHOD
+    return has_codebooks or found.config.get("model_type") in ONLY_OURS
 
 
 def _misread(found: Findings) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import json
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moeq_plugin.core.names import place
 from moeq_plugin.records.quality import QualityRecord
 from moeq_plugin.records.run import RunRecord
 from moeq_plugin.report.card_metadata import base_model, metadata
-from moeq_plugin.report.card_use import use
+from moeq_plugin.report.card_use import needs_import, use
 from moeq_plugin.report.directory import Findings, read_directory
 from moeq_plugin.report.section import number, percent, size, with_error
 from moeq_plugin.report.section_experts import IN_WORDS, effective_tokens
@@ -23,6 +23,7 @@ from moeq_plugin.untrusted.text import harmless, markdown
 
 FILE_NAME = "README.md"
 _MAX_ROWS = 40
+_MAX_NAMES = 8  # that one reason keeps in 16 bit
 _OF_THIS_MACHINE = ("work_dir", "sensitivity", "allocation")  # paths that nobody else has
 
 
@@ -106,12 +107,21 @@ def _schemes(found: Findings) -> Iterator[str]:
     yield from (f"| {count} | {scheme} |" for scheme, count in sorted(counts.items()))
     kept = {name: why for record in found.records for name, why in record.kept.items()}
     if kept:
-        yield from (
-            "",
-            "In 16 bit: " + ", ".join(f"`{n}` ({why})" for n, why in kept.items()) + ".",
-        )
+        yield from ("", f"In 16 bit: {', '.join(_kept_in_words(kept))}.")
     if len(counts) > 1:
         yield from _bits_of_layers(found)
+
+
+def _kept_in_words(kept: Mapping[str, str]) -> Iterator[str]:
+    """Yield what stays in 16 bit, by name where few do for the same reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in kept.items():
+        names.setdefault(why, []).append(name)
+    for why, of in names.items():
+        if len(of) <= _MAX_NAMES:
+            yield from (f"`{name}` ({why})" for name in of)
+        else:
+            yield f"{len(of)} x {why} (`{of[0]}` and so on)"
 
 
 def _bits_of_layers(found: Findings) -> Iterator[str]:
@@ -166,12 +176,15 @@ def _evaluation(found: Findings, name: str) -> Iterator[str]:
     base = shlex.quote(base_model(found) or "BASE")  # people paste these lines into a shell
     tasks = ",".join(t.task for t in found.quality.tasks) if found.quality else ""
     yield from ("", "Measured, or to be measured, with:", "", "```")
-    yield f"moeq eval {base} {name} --text FILE --json {name}/moeq_eval.json"
-    yield (
-        f"lm_eval --model vllm --model_args pretrained={name},dtype=auto "
-        f"--tasks {shlex.quote(tasks) if tasks else 'arc_challenge,hellaswag,gsm8k'} "
-        "--batch_size auto"
-    )
+    tasks = shlex.quote(tasks) if tasks else "arc_challenge,hellaswag,gsm8k"
+    served = not needs_import(found)  # else lm-eval has to be called by us
+    also = "" if served else f" --tasks {tasks}"
+    yield f"moeq eval {base} {name} --text FILE{also} --json {name}/moeq_eval.json"
+    if served:
+        yield (
+            f"lm_eval --model vllm --model_args pretrained={name},dtype=auto --tasks {tasks} "
+            "--batch_size auto"
+        )
     yield "```"
 
 

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeq_plugin.checkpoint.codebooks import METHOD, shape_of, split_section
 from moeq_plugin.checkpoint.headers import StoredTensor, read_bytes, read_header
 from moeq_plugin.checkpoint.weight_files import weight_files
 from moeq_plugin.untrusted.broken import UnreadableFileError
+from moeq_plugin.untrusted.reading import read_json
 
+_PACKED = "packed"  # a weight in codebook format
 _OF_WEIGHT = "weight_"  # what is stored beside or instead of a weight: weight_scale and so on
 
 
@@ -59,8 +62,14 @@ def read_stored(directory: Path) -> Stored | None:
             modules.setdefault(module, {})[name] = tensor
     if not modules:
         return None
+    coded = _codebook_weights(directory)
     total = weights = quantized_bytes = quantized_weights = 0
-    for tensors in modules.values():
+    for module, tensors in modules.items():
+        if module in coded and _PACKED in tensors:
+            # the bias, if there is one, is counted below
+            num_bytes = tensors.pop(_PACKED).num_bytes
+            total, quantized_bytes = total + num_bytes, quantized_bytes + num_bytes
+            weights, quantized_weights = weights + coded[module], quantized_weights + coded[module]
         of_weight = {n: t for n, t in tensors.items() if n == "weight" or n.startswith(_OF_WEIGHT)}
         others = [t for n, t in tensors.items() if n not in of_weight]
         count, own = _num_weights(of_weight), sum(t.num_bytes for t in of_weight.values())
@@ -69,6 +78,21 @@ def read_stored(directory: Path) -> Stored | None:
         if any(n.startswith(_OF_WEIGHT) for n in of_weight):
             quantized_bytes, quantized_weights = quantized_bytes + own, quantized_weights + count
     return Stored(total, weights, quantized_bytes, quantized_weights)
+
+
+def _codebook_weights(directory: Path) -> dict[str, int]:
+    """Return how many weights each codebook module of ours stands for, where that is known.
+
+    Raises:
+        ValueError: if the configuration is broken.
+    """
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
+        return {}
+    shapes = {name: shape_of(name, config) for name in split_section(section)[0]}
+    return {name: math.prod(shape) for name, shape in shapes.items() if shape is not None}
 
 
 def _tensors(path: Path) -> list[StoredTensor]:

@@ -57,10 +57,12 @@ def recipe(case: str) -> list:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     from moeq_plugin import MoEQuantAWQModifier, MoEQuantModifier, RWKVQuantModifier
+    from moeq_plugin.core.codebook import CodebookFormat
     from moeq_plugin.integrations.llm_compressor import ResidualRotationModifier
 
     kept = ["lm_head", "re:.*gate$"]
     options = ["W2A16", "W3A16", "W4A16"]
+    all_linears = ["Linear", r"re:.*\.att\.[wavg][12]$"]  # of RWKV, as it was then
     own_text = {"num_sequences": 8, "seq_len": 64, "seed": 3}
     fast = partial(MoEQuantModifier, preset="fast")  # the solver of that commit
     made = {
@@ -73,9 +75,16 @@ def recipe(case: str) -> list:
         ],
         "rotation": lambda: [ResidualRotationModifier(), fast(scheme="W4A16")],
         "own_text": lambda: [fast(scheme="W4A16", ebss=own_text)],
-        "codebooks": lambda: [RWKVQuantModifier(scalar_frac=0.9, preset="fast")],
+        "codebooks": lambda: [
+            RWKVQuantModifier(
+                scalar_frac=0.9,
+                preset="fast",
+                targets=all_linears,
+                elementwise=CodebookFormat(3, 1, group_rows=1, group_columns=64),
+            )
+        ],
         "scalar_fallback": lambda: [
-            RWKVQuantModifier(fallback_scheme={"num_bits": 4}, preset="fast")
+            RWKVQuantModifier(fallback_scheme={"num_bits": 4}, preset="fast", targets=all_linears)
         ],
     }
     return made[case]()

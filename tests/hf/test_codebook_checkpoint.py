@@ -27,6 +27,11 @@ from moeq_plugin.records.run import RunRecord
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "assets" / "tiny_rwkv"
 FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
+# everything that can be quantized: the low-rank factors and the element-wise weights too
+ALL = {
+    "targets": ["Linear", r"re:.*\.att\.[wavg][12]$"],
+    "elementwise": CodebookFormat(3, 1, group_rows=1, group_columns=64),
+}
 TOKENS = torch.arange(1, 40)[None]
 KINDS = {"hybrid": {"scalar_frac": 0.6}, "codebooks": {"scalar_frac": 0.0}, "grids": {}}
 PROBE = """
@@ -52,7 +57,7 @@ for directory in sys.argv[1:]:
 def quantize(directory, kind="hybrid", dtype=torch.bfloat16):
     """Return a quantized model and where it was saved."""
     model = tiny_rwkv(directory / "model", dtype)
-    recipe = RWKVQuantModifier(**{"scalar_frac": 1.0, "codebook": FORM, **KINDS[kind]})
+    recipe = RWKVQuantModifier(**{"scalar_frac": 1.0, "codebook": FORM, **ALL, **KINDS[kind]})
     oneshot(model, recipe, output_dir=str(directory / "out"))
     return model.eval(), directory / "out"
 
@@ -214,7 +219,7 @@ def test_the_configuration_lists_what_the_record_lists(saved):
 def test_the_file_is_as_small_as_the_bits_per_weight_say(tmp_path):
     wide = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 1}
     cheap = CodebookFormat(2, 1, group_rows=64, group_columns=16)
-    recipe = RWKVQuantModifier(scalar_frac=0.8, codebook=cheap, refine_steps=0)
+    recipe = RWKVQuantModifier(scalar_frac=0.8, codebook=cheap, refine_steps=0, **ALL)
 
     size, stated = sizes(tiny_rwkv(tmp_path / "model", **wide), recipe, tmp_path / "out")
 
@@ -233,16 +238,12 @@ def test_so_is_that_of_the_shipped_model_with_the_default_recipe(tmp_path):
 def sizes(model, recipe, out):
     """Return the bytes of the file that a run leaves, and those that its record comes to."""
     whole = sum(p.numel() for p in model.parameters())
-    quantized = sum(p.numel() for n, p in model.named_parameters() if is_quantized(model, n))
+    numbers = {n.removesuffix(".weight"): p.numel() for n, p in model.named_parameters()}
     oneshot(model, recipe, dataset(1), output_dir=str(out))
     (run,) = RunRecord.load(out)
+    quantized = sum(numbers[record.name] for record in run.linears)
     stated = quantized * run.bits_per_weight / 8 + (whole - quantized) * 2
     return (out / "model.safetensors").stat().st_size, stated
-
-
-def is_quantized(model, parameter):
-    name = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
-    return name in ("Linear", "ElementwiseScale") and parameter != "lm_head.weight"
 
 
 def test_another_version_of_the_format_is_refused(saved, tmp_path):

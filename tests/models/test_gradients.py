@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import tiny_model, tokens
+from rwkv_models import rwkv_tokens, tiny_rwkv
 
-from moeq_plugin.models.gradients import OutputGradients
+from moeq_plugin.models.gradients import OutputGradients, limited
 from moeq_plugin.models.moe import find_moe_layers
 
 pytest.importorskip("llmcompressor")
@@ -147,3 +148,53 @@ def test_an_expert_without_tokens_takes_its_weights_from_the_others(model):
 
     assert unused
     assert all((weights[layer.expert(e).down_proj] > 0).all() for e in unused)
+
+
+def random_gradient(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_limit_shortens_single_tokens_and_turns_none():
+    gradient = random_gradient(2, 40, 8)
+    gradient[0, 7] *= 1000
+    found = limited(gradient, 10.0)
+    norm = gradient[0].norm(dim=-1)
+    assert found[0, 7].norm() == pytest.approx(10 * float(norm.median()), rel=1e-5)
+    torch.testing.assert_close(found[0, 7] / found[0, 7].norm(), gradient[0, 7] / norm[7])
+    others = torch.arange(40) != 7
+    assert torch.equal(found[0, others], gradient[0, others])
+    assert torch.equal(found[1], gradient[1])  # every sequence has its own median
+
+
+def test_padding_is_not_what_is_usual():
+    gradient = random_gradient(1, 40, 8)
+    gradient[0, 7] *= 1000
+    padded = torch.cat([gradient, torch.zeros(1, 100, 8)], 1)
+    assert torch.equal(limited(padded, 10.0)[:, :40], limited(gradient, 10.0))
+    assert torch.equal(limited(torch.zeros(1, 5, 8), 10.0), torch.zeros(1, 5, 8))
+
+
+def test_what_explodes_behind_a_linear_weighs_no_more_than_the_limit():
+    """Nor does it before that linear, where a state spreads it over all earlier tokens."""
+    model, ids = tiny_rwkv("rwkv7", num_hidden_layers=2), rwkv_tokens(2, 32)
+    names = {m: n for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    block = model.model.blocks[1].att
+
+    def mean_weights(limit):
+        found = OutputGradients(names, [], limit)
+        found.measure(model, [{"input_ids": ids}], max_tokens=10**9)
+        return {names[m]: float(w.mean()) for m, w in found.row_weights().items()}
+
+    def explode(_module, _args, output):
+        mixed, *rest = output
+        is_last = (torch.arange(mixed.shape[1]) == mixed.shape[1] - 1)[:, None]
+        return mixed + 9999 * (mixed - mixed.detach()) * is_last, *rest
+
+    plain = mean_weights(None)
+    hook = block.register_forward_hook(explode)
+    exploded, bounded = mean_weights(None), mean_weights(10.0)
+    hook.remove()
+    for part in ("output", "value", "key"):
+        name = f"model.blocks.1.att.{part}"
+        assert exploded[name] > 1e4 * plain[name]
+        assert bounded[name] < 100 * plain[name]

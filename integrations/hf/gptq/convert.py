@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from moeq_plugin.checkpoint.checks.gptq_config import differences
+from moeq_plugin.checkpoint.codebooks import METHOD as CODEBOOKS
 from moeq_plugin.checkpoint.weight_files import INDEX
 from moeq_plugin.core.gptq_format import ZeroPoints, groups_are_runs
 from moeq_plugin.core.grid import Grid
@@ -170,6 +171,11 @@ def _section(source: Path, config: dict[str, Any], to: str) -> dict[str, Any]:
     if section is None:
         raise ValueError(f"{source} is not quantized: its config.json has no quantization_config")
     method = section.get("quant_method", "gptq")
+    if method == CODEBOOKS:
+        raise ValueError(
+            f"{source} has weights in codebooks, which neither format can hold: they are not steps "
+            "of an even grid. Quantize the 16-bit model to a scheme such as W4A16_G64 instead"
+        )
     if method not in FORMATS:
         raise ValueError(f"{source} has quant_method {method!r}; can convert {list(FORMATS)}")
     if method == to:

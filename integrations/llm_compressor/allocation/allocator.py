@@ -14,6 +14,7 @@ from loguru import logger
 from torch import nn
 
 from moeq_plugin.core.allocation import Allocation, allocate_bits
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.sensitivity import SensitivityTable
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.decision import Decision
@@ -129,6 +130,26 @@ class BitAllocator:
     def config_groups(self) -> tuple[dict[str, QuantizationScheme], list[str]]:
         """Return the host's ``config_groups`` and what goes into ``ignore``."""
         return self.decision.config_groups()
+
+    def codebooks(self) -> dict[str, CodebookFormat]:
+        """Return the format of every linear that gets a codebook, by name."""
+        return self.decision.codebooks()
+
+    def check_no_codebooks(self) -> None:
+        """Refuse codebooks where weights are rounded to grids only.
+
+        Raises:
+            ValueError: naming the options.
+        """
+        options = {option.name: option for option in self._choices.options}
+        if self._decision is not None:
+            options |= self._decision.options
+        wrong = [name for name, option in options.items() if option.codebook is not None]
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)}: codebooks are made by RWKVQuantModifier; MoEQuantModifier "
+                "rounds to grids, which servers read"
+            )
 
     def check_attached(self) -> None:
         """Make sure that every linear carries the scheme that was chosen for it."""

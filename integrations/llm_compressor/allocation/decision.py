@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
 from moeq_plugin.core.allocation import Allocation
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.sensitivity import SensitivityTable
 from moeq_plugin.integrations.llm_compressor.allocation.choices import Choices
 from moeq_plugin.integrations.llm_compressor.allocation.options import (
@@ -88,6 +89,11 @@ class Decision:
         }
         return groups, members.get(UNQUANTIZED, [])
 
+    def codebooks(self) -> dict[str, CodebookFormat]:
+        """Return the format of every linear that gets a codebook, by name."""
+        chosen = {name: self.options[option] for name, option in self.allocation.choice.items()}
+        return {n: option.codebook for n, option in chosen.items() if option.codebook is not None}
+
     def check_attached(self) -> None:
         """Make sure that every linear carries the scheme that was chosen for it.
 
@@ -98,8 +104,9 @@ class Decision:
             option = self.options[self.allocation.choice[name]]
             args = weight_args(linear)
             found = describe(args) if args is not None else UNQUANTIZED
-            if found != option.describe():
-                raise RuntimeError(f"{name} was to get {option.describe()} and carries {found}")
+            wanted = option.describe() if option.scheme is not None else UNQUANTIZED
+            if found != wanted:  # a codebook carries none: its weight is encoded by its own phase
+                raise RuntimeError(f"{name} was to get {wanted} and carries {found}")
 
     def save(self, directory: Path) -> None:
         """Write table and allocation beside a checkpoint."""

@@ -1,7 +1,8 @@
 """The schemes that bit allocation may choose from, by name, and the bytes that each of them stores.
 
 ``W4A16`` and the other names of compressed-tensors' presets mean what they mean there;
-``W3A16_G64`` is a preset with another group size, ``UNQUANTIZED`` keeps 16 bits.
+``W3A16_G64`` is a preset with another group size, ``UNQUANTIZED`` keeps 16 bits. ``CB6D2_G64x32``
+is a codebook: indices of 6 bits for 2 neighbouring columns each, 64 rows times 32 columns share it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 
 import torch
@@ -24,6 +25,9 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from torch import nn
 
+from moeq_plugin.core.codebook import CodebookFormat
+from moeq_plugin.core.packed_codebook import PackedFormat
+from moeq_plugin.core.scheme_words import codebook_in_words, codebook_named
 from moeq_plugin.integrations.llm_compressor.schemes import describe, grid_of
 
 UNQUANTIZED = "UNQUANTIZED"
@@ -38,19 +42,23 @@ class Option:
 
     Attributes:
         name: such as ``W3A16_G64``.
-        scheme: without targets; ``None`` for 16 bits.
+        scheme: of a grid, without targets; ``None`` for codebooks and 16 bits.
+        codebook: format of a codebook, ``None`` for the others.
     """
 
     name: str
     scheme: QuantizationScheme | None
+    codebook: CodebookFormat | None = None
 
     @property
     def is_exact(self) -> bool:
         """Tell whether weights stay what they are."""
-        return self.scheme is None
+        return self.scheme is None and self.codebook is None
 
     def fits(self, linear: nn.Linear) -> bool:
-        """Tell whether the groups divide the linear's input columns."""
+        """Tell whether groups, or the vectors of a codebook, divide the linear's input columns."""
+        if self.codebook is not None:
+            return linear.weight.shape[1] % self.codebook.vector_dim == 0
         args = self.scheme.weights if self.scheme is not None else None
         return args is None or not args.group_size or linear.weight.shape[1] % args.group_size == 0
 
@@ -61,10 +69,17 @@ class Option:
         """
         if not self.fits(linear):
             return int(linear.weight.nbytes)
+        if self.codebook is not None:
+            rows, columns = linear.weight.shape
+            return 4 * PackedFormat.to_store(self.codebook, linear.weight.dtype).num_words(
+                (rows, columns)
+            )
         return _stored_bytes(self.name, tuple(linear.weight.shape), linear.weight.dtype)
 
     def describe(self) -> str:
-        """Return the weights' scheme in words."""
+        """Return in words what weights are stored in."""
+        if self.codebook is not None:
+            return codebook_in_words(*astuple(self.codebook))
         args = self.scheme.weights if self.scheme is not None else None
         return describe(args) if args is not None else UNQUANTIZED
 
@@ -72,7 +87,8 @@ class Option:
         """Return the scheme for these targets.
 
         Raises:
-            ValueError: for 16 bits, which are what is left where no scheme is attached.
+            ValueError: for codebooks, which are no scheme of the host's, and for 16 bits, which
+                are what is left where no scheme is attached.
         """
         if self.scheme is None:
             raise ValueError(f"{self.name} is no scheme: put {targets} into `ignore`")
@@ -83,7 +99,7 @@ def parse_options(names: Iterable[str], weight_observer: str | None = None) -> l
     """Return the options with these names.
 
     Args:
-        names: presets of compressed-tensors, ``_G<group size>`` appended where wanted.
+        names: presets of compressed-tensors, ``_G<group size>`` appended where wanted; codebooks.
         weight_observer: the host's observer that chooses scales, ``None`` for its default.
 
     Raises:
@@ -100,16 +116,19 @@ def parse_option(name: str, weight_observer: str | None = None) -> Option:
     """Return one option; arguments as in :func:`parse_options`.
 
     Raises:
-        ValueError: if the name is unknown or means no integer grid.
+        ValueError: if the name is unknown, or means neither an integer grid nor a codebook.
     """
     if name == UNQUANTIZED:
         return Option(name, None)
+    if fields := codebook_named(name):
+        return Option(name, None, CodebookFormat(*fields))
     preset = _GROUP_SIZE.sub("", name)
     if preset not in PRESET_SCHEMES:
         near = difflib.get_close_matches(preset.upper(), PRESET_SCHEMES, n=3)
         raise ValueError(
             f"{name!r} is not an option; did you mean {near or sorted(PRESET_SCHEMES)}? An option "
-            f"is a preset scheme, with _G64 or the like for another group size, or {UNQUANTIZED}."
+            "is a preset scheme, with _G64 or the like for another group size, a codebook such as "
+            f"CB6D2_G64x32, or {UNQUANTIZED}."
         )
     scheme = preset_name_to_scheme(preset, ["Linear"])
     args = scheme.weights

@@ -39,7 +39,7 @@ def measure_row_weights(
     seen = sum(num_tokens(batch) for batch in batches)
     # the limit on tokens is that of all ranks: one has to know what those before it have used
     before, _ = ranks.over_ranks(Counter({0: seen}))
-    gradients = OutputGradients(names, layers)
+    gradients = OutputGradients(names, layers, config.gradient_limit)
     gradients.measure(
         model,
         batches,

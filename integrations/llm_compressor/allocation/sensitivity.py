@@ -79,6 +79,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
         shrinkage: as for quantization.
         seed: of samples and draws.
         weight_observer: as for quantization.
+        refine_steps: of codebooks, as for quantization.
 
     How trials are rounded is said by the arguments of :class:`SolverFields`.
     """
@@ -93,6 +94,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
     shrinkage: float = Field(default=1.0, ge=0)
     seed: int = 0
     weight_observer: str | None = None
+    refine_steps: int = Field(default=8, ge=0)
     requires_calibration_data: bool = True
 
     # the host tells of each phase, in this order; what a phase needs was made by the one before
@@ -202,6 +204,7 @@ class SensitivityModifier(SolverFields, OneRun, Modifier):
             shrinkage=self.shrinkage,
             solver=self.solver_options(),
             outputs=outputs,
+            codebook_steps=self.refine_steps,
         )
 
     def _output_moments(self, state: State) -> OutputMoments:

@@ -11,6 +11,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe
 from torch import nn
 
+from moeq_plugin.core.codebook import CodebookFormat
+from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.allocation.options import Option
 from moeq_plugin.integrations.llm_compressor.calibration.guard import guard
@@ -59,12 +61,14 @@ class TrialRounding:
         shrinkage: as for quantization.
         solver: as for quantization.
         outputs: as for quantization.
+        codebook_steps: ``refine_steps`` of :func:`moeq_plugin.core.codebook_solver.solve_codebook`.
     """
 
     min_effective_tokens: float | None
     shrinkage: float
     solver: SolverOptions
     outputs: OutputMoments | None = None
+    codebook_steps: int = 8
 
     def guarded(self, observation: Observation, calibration: Calibration) -> GuardedMoments:
         """Return second moments that starve no expert.
@@ -93,6 +97,8 @@ class TrialRounding:
             option: what to round to; nothing is yielded for 16 bits.
             moments: of all linears of a layer.
         """
+        if option.codebook is not None:
+            yield from self._encoded(option, option.codebook, moments)
         if option.scheme is None:
             return
         fitting = [[linear for linear in of.linears if option.fits(linear)] for of in moments]
@@ -109,6 +115,21 @@ class TrialRounding:
                     weights = of_job.weight.split([len(linear.weight) for linear in job.linears])
                     for linear, weight in zip(job.linears, weights, strict=True):
                         yield linear, weight.float() - linear.weight.float()
+
+    def _encoded(
+        self, option: Option, form: CodebookFormat, moments: Sequence[GuardedMoments]
+    ) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+        """Yield what a codebook changes of each linear, as :meth:`differences` does."""
+        for of in moments:
+            for linear in filter(option.fits, of.linears):
+                solution = solve_codebook(
+                    linear.weight,
+                    of.hessian,
+                    form,
+                    dampening_frac=self.solver.dampening_frac,
+                    refine_steps=self.codebook_steps,
+                )
+                yield linear, solution.weight.decode().float() - linear.weight.float()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from moeq_plugin.integrations.llm_compressor.unfinished import mark_finished
 from moeq_plugin.models.linear_experts import linear_moe_layers
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.records.environment import run_facts, versions
+from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import RunRecord
 
 
@@ -36,6 +37,9 @@ class Phases(Protocol):
 
     def end(self, state: State) -> None:
         """Quantize what no batch has called and remove hooks."""
+
+    def pending(self) -> list[str]:
+        """Return the names of what is still to be quantized."""
 
     def close(self, state: State) -> None:
         """Say what was done."""
@@ -162,10 +166,23 @@ class RoutedModifier(RoutedRecipe):
     def _begin_pass(self, state: State) -> None:
         for phases in self._phases:
             phases.begin(state)
+        self._report_progress(0)
 
     def _finish_layer(self, state: State, modules: list[nn.Module]) -> None:
+        num_before = len(self._record.linears)
         for phases in self._phases:
             phases.finish_layer(state, modules)
+        num_finished = len(self._record.linears) - num_before
+        if num_finished:
+            self._keep_layer()
+            self._report_progress(num_finished)
+
+    def _keep_layer(self) -> None:
+        """Keep what all phases have made of a layer; by default nothing is kept."""
+
+    def _report_progress(self, num_finished_now: int) -> None:
+        pending = [name for phases in self._phases for name in phases.pending()]
+        report_progress(quantize_progress(self._record.linears, num_finished_now, pending))
 
     def _end_pass(self, state: State) -> None:
         for phases in self._phases:

@@ -42,7 +42,6 @@ from moeq_plugin.integrations.llm_compressor.two_streams.streams import TwoStrea
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.borrowing import Borrowing
-from moeq_plugin.records.progress import quantize_progress, report_progress
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 
@@ -125,7 +124,6 @@ class Run:
             )
         in_stages = self._streams.covered() if self._streams is not None else set()
         self._restore(in_stages)  # before hooks are registered: what is finished gets none
-        report_progress(quantize_progress(self.record.linears, 0, self._pending.values()))
         observed = [m for m in self._pending if isinstance(m, nn.Linear) and m not in in_stages]
         self._calibration.attach(model, layers, observed, self._host.register_hook)
 
@@ -144,13 +142,8 @@ class Run:
         if self._streams is not None:
             self._solve_stages(self._streams, state, modules)
         finished = self.record.linears[num_before:]
-        if not finished:
-            return
         if self._kept_state is not None and is_source_process():
-            self._kept_state.keep(finished, {name: m for m, name in self._names.items()})
-        report_progress(
-            quantize_progress(self.record.linears, len(finished), self._pending.values())
-        )
+            self._kept_state.note(finished, {name: m for m, name in self._names.items()})
 
     def end(self, state: State) -> None:
         """Round to nearest what no batch has called, then remove hooks and observers.
@@ -172,6 +165,10 @@ class Run:
         # last: it takes off the observers that rounding to nearest has just asked, and switches the
         # schemes on, so that the model computes from here on what its checkpoint will
         self._host.end_calibration(state.model)
+
+    def pending(self) -> list[str]:
+        """Return the names of what is still to be quantized."""
+        return list(self._pending.values())
 
     def close(self, state: State) -> None:
         """Say in one line whether every linear was quantized as asked."""

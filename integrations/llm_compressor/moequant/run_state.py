@@ -65,6 +65,7 @@ class RunState:
         self.path = Path(path).absolute()
         self.text = self.path / TEXT_FILE
         self._run = dict(run)
+        self._noted: tuple[list[LinearRecord], dict[str, torch.Tensor]] = ([], {})
         self._layers = KeptParts(self.path, LAYERS, self._digest)
         self.measurements = KeptMeasurements(
             gradients=KeptParts(self.path, GRADIENTS, self._digest),
@@ -118,28 +119,46 @@ class RunState:
             # and once after
             write_run(path, {**before, **run})
 
-    def keep(self, records: list[LinearRecord], modules: Mapping[str, nn.Module]) -> None:
-        """Write what has just been finished.
+    def note(self, records: Iterable[LinearRecord], modules: Mapping[str, nn.Module]) -> None:
+        """Note what has just been finished; it is written by :meth:`keep_noted`.
 
         Args:
             records: one per finished linear.
             modules: the linears by name.
+        """
+        for record in records:
+            tensors = {
+                f"{record.name}.{parameter}": tensor
+                for parameter, tensor in modules[record.name].named_parameters(recurse=False)
+                if parameter != "bias"  # which quantizing leaves alone
+            }
+            self.note_tensors(record, tensors)
+
+    def note_tensors(self, record: LinearRecord, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Note one module by what stands for its weight.
+
+        Args:
+            record: of the module.
+            tensors: by name, beginning with the module's.
+        """
+        records, noted = self._noted
+        records.append(record)
+        noted |= tensors
+
+    def keep_noted(self) -> None:
+        """Write all that was noted since the last time as one part, if there is any.
 
         Raises:
             OSError: if it cannot be written; nothing kept before is lost.
         """
-        tensors = {
-            f"{record.name}.{parameter}": tensor
-            for record in records
-            for parameter, tensor in modules[record.name].named_parameters(recurse=False)
-            if parameter != "bias"  # which quantizing leaves alone
-        }
-        self._layers.keep([asdict(record) for record in records], tensors)
+        (records, tensors), self._noted = self._noted, ([], {})
+        if records:
+            self._layers.keep([asdict(record) for record in records], tensors)
 
     def restore(
         self, modules: Mapping[str, nn.Module], later: Container[nn.Module] = ()
     ) -> dict[int, list[LinearRecord]]:
-        """Put everything that was kept into the modules; return the records in their order.
+        """Put what was kept of these modules into them; return the records in their order.
 
         Args:
             modules: the linears by name, schemes attached.
@@ -152,13 +171,34 @@ class RunState:
             ValueError: if a file is not what was kept.
         """
         records = {}
-        for number, (entries, tensors) in enumerate(self._layers):
-            records[number] = [
-                LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in entries
-            ]
-            if not any(modules[record.name] in later for record in records[number]):
+        for number, (of_part, tensors) in enumerate(self._parts()):
+            ours = [record for record in of_part if record.name in modules]
+            if ours:
+                records[number] = ours
+            if not any(modules[record.name] in later for record in ours):
                 _put(tensors, modules)
         return records
+
+    def kept_tensors(
+        self, names: Container[str]
+    ) -> Iterator[tuple[LinearRecord, dict[str, torch.Tensor]]]:
+        """Yield what was kept of modules by :meth:`note_tensors`, in its order.
+
+        Args:
+            names: of the modules to look for.
+
+        Raises:
+            ValueError: if a file is not what was kept.
+        """
+        for records, tensors in self._parts():
+            for record in records:
+                if record.name in names:
+                    of_module = {
+                        key: tensor
+                        for key, tensor in tensors.items()
+                        if key.rpartition(".")[0] == record.name
+                    }
+                    yield record, of_module
 
     def put(self, number: int, modules: Mapping[str, nn.Module]) -> None:
         """Put what was finished at once into the modules.
@@ -173,6 +213,10 @@ class RunState:
         _about, tensors = self._layers.part(number)
         _put(tensors, modules)
 
+    def _parts(self) -> Iterator[tuple[list[LinearRecord], dict[str, torch.Tensor]]]:
+        for entries, tensors in self._layers:
+            yield [LinearRecord(**{**of, "basis": Basis(of["basis"])}) for of in entries], tensors
+
     def _digest(self) -> str:
         """Return what belongs to this run and to no other."""
         return run_digest(json.loads(json.dumps(self._run)))
@@ -181,5 +225,7 @@ class RunState:
 def _put(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]) -> None:
     for key, tensor in tensors.items():
         name, _, parameter = key.rpartition(".")
+        if name not in modules:  # of the same layer, but another phase of the run
+            continue
         mark_changed(modules[name])
         update_offload_parameter(modules[name], parameter, tensor)

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 from compressed_tensors.distributed import is_distributed
-from compressed_tensors.offload import disable_offloading, update_offload_parameter
+from compressed_tensors.offload import disable_offloading
 from llmcompressor.core import State
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
-from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
-from moeq_plugin.integrations.llm_compressor.schemes import weight_of
-from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
+from moeq_plugin.integrations.llm_compressor.rwkv.encoded_weights import EncodedWeights
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
 from moeq_plugin.models.moe import find_moe_layers
-from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
-
-
-def take_encoded(module: nn.Module, encoded: CodebookWeight) -> str:
-    """Let a module run on its encoded weight from now on; return the format in words."""
-    mark_changed(module)
-    update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
-    form = encoded.form
-    return (
-        f"codebook {form.index_bits} bit per {form.vector_dim}, "
-        f"{form.group_rows} x {form.group_columns}"
-    )
+from moeq_plugin.records.run import Basis
 
 
 class CodebookRun:
@@ -40,10 +30,8 @@ class CodebookRun:
     Args:
         request: what was asked for.
         state: the host's.
-        record: filled in linear by linear.
-        encoded: filled in likewise: what stands for each weight, by name.
-        coded: the linears by name.
-        form: of their codebooks.
+        encoded: filled in linear by linear.
+        forms: the format of each linear by name.
         refine_steps: see :func:`moeq_plugin.core.codebook_solver.solve_codebook`.
     """
 
@@ -51,16 +39,15 @@ class CodebookRun:
         self,
         request: Request,
         state: State,
-        record: RunRecord,
-        encoded: dict[str, CodebookWeight],
-        coded: dict[str, nn.Linear],
-        form: CodebookFormat,
+        encoded: EncodedWeights,
+        forms: Mapping[str, CodebookFormat],
         refine_steps: int,
     ) -> None:
-        self._request, self._record, self._encoded = request, record, encoded
-        self._form, self._refine_steps = form, refine_steps
-        self._names: dict[nn.Module, str] = {linear: name for name, linear in coded.items()}
-        self._pending = dict(coded)  # shrinks as weights are encoded
+        self._request, self._encoded = request, encoded
+        self._forms, self._refine_steps = forms, refine_steps
+        modules = dict(state.model.named_modules())
+        self._pending: dict[str, nn.Linear] = {name: modules[name] for name in forms}  # shrinks
+        self._names: dict[nn.Module, str] = {of: name for name, of in self._pending.items()}
         self._hooks = HooksMixin()  # the host's switch that silences hooks covers these too
         self._undo = ExitStack()
         host.undo_with_oneshot(self._undo)
@@ -68,7 +55,9 @@ class CodebookRun:
         self._calibration = request.calibration(self._padding)
 
     def begin(self, state: State) -> None:
-        """Register the hooks that accumulate second moments."""
+        """Take over what is finished, then register the hooks that accumulate second moments."""
+        for name in self._encoded.restore(self._pending, self._forms):
+            del self._pending[name]  # what is finished gets no hooks
         host.listen_to_batches(self._padding, self._undo)
         self._undo.callback(self._hooks.remove_hooks)
         linears, layers = list(self._pending.values()), find_moe_layers(state.model)
@@ -97,8 +86,13 @@ class CodebookRun:
                 self._encode(linear, nothing, 1.0, Basis.NONE, 0.0)
         self._undo.close()
 
+    def pending(self) -> list[str]:
+        """Return the names of what is still to be encoded."""
+        return list(self._pending)
+
     def close(self, state: State) -> None:
-        """Do nothing: the record says what was done."""
+        """Replace encoded modules by packed ones."""
+        keep_packed(state.model, self._encoded.by_name)
 
     def _encode(
         self,
@@ -108,19 +102,17 @@ class CodebookRun:
         basis: Basis,
         effective_tokens: float,
     ) -> None:
+        name = self._names[linear]
         solution = solve_codebook(
             linear.weight,
             hessian,
-            self._form,
-            dampening_frac=self._request.host_fields["dampening_frac"] or 0.0,
+            self._forms[name],
+            dampening_frac=self._request.solver.dampening_frac,
             refine_steps=self._refine_steps,
         )
         is_nearest = basis is Basis.NONE or solution.is_nearest
         loss = None if is_nearest else solution.loss.sum().item() / weight_sum
         basis = Basis.NONE if is_nearest else basis
-        name = self._names[linear]
         del self._pending[name]
-        self._encoded[name] = solution.weight
         # at once: the host is about to run the layer again for the inputs of the next one
-        scheme = take_encoded(linear, solution.weight)
-        self._record.linears.append(LinearRecord(name, scheme, basis, effective_tokens, loss))
+        self._encoded.put(name, linear, solution.weight, basis, effective_tokens, loss)

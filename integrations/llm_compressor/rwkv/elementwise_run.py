@@ -12,24 +12,22 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import distributed, nn
 
 from moeq_plugin.core.channel_power import ChannelPower
-from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight, encode
+from moeq_plugin.core.codebook import CodebookFormat, encode
 from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration.observations import RegisterHook
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
-from moeq_plugin.integrations.llm_compressor.moequant.request import Request
-from moeq_plugin.integrations.llm_compressor.rwkv.codebook_run import take_encoded
+from moeq_plugin.integrations.llm_compressor.rwkv.encoded_weights import EncodedWeights
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
 from moeq_plugin.models.elementwise import ElementwiseScale, elementwise_parameters
-from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
+from moeq_plugin.records.run import Basis
 
 
 class ElementwiseRun:
     """Puts element-wise weights into codebooks; phases as those of a scalar run.
 
     Args:
-        request: what was asked for.
         state: the host's.
-        record: filled in weight by weight.
-        encoded: filled in likewise: what stands for each weight, by name.
+        encoded: filled in weight by weight.
         form: of the codebooks; every weight is one row.
         percentile: larger activations of a sequence's channel are clipped to this.
         weighted: fit codebooks by second moments; otherwise all channels count alike.
@@ -37,15 +35,13 @@ class ElementwiseRun:
 
     def __init__(
         self,
-        request: Request,
         state: State,
-        record: RunRecord,
-        encoded: dict[str, CodebookWeight],
+        encoded: EncodedWeights,
         form: CodebookFormat,
         percentile: float,
         weighted: bool,
     ) -> None:
-        self._record, self._encoded, self._form = record, encoded, form
+        self._encoded, self._form = encoded, form
         self._percentile, self._weighted = percentile, weighted
         self._hooks = HooksMixin()
         self._undo = ExitStack()
@@ -59,7 +55,10 @@ class ElementwiseRun:
             self._powers[module] = ChannelPower.zeros(weight.numel(), weight.device)
 
     def begin(self, state: State) -> None:
-        """Register the hooks that accumulate powers."""
+        """Take over what is finished, then register the hooks that accumulate powers."""
+        modules = {self._names[module]: module for module in self._powers}
+        for name in self._encoded.restore(modules, dict.fromkeys(modules, self._form)):
+            del self._powers[modules[name]]
         host.listen_to_batches(self._padding, self._undo)
         self._undo.callback(self._hooks.remove_hooks)
         register_hook: RegisterHook = self._hooks.register_hook
@@ -83,8 +82,13 @@ class ElementwiseRun:
                 self._encode(module)
         self._undo.close()
 
+    def pending(self) -> list[str]:
+        """Return the names of what is still to be encoded."""
+        return [self._names[module] for module in self._powers]
+
     def close(self, state: State) -> None:
-        """Do nothing: the record says what was done."""
+        """Replace encoded modules by packed ones."""
+        keep_packed(state.model, self._encoded.by_name)
 
     def _observe(
         self, module: ElementwiseScale, args: tuple[torch.Tensor, ...], _output: torch.Tensor
@@ -107,11 +111,8 @@ class ElementwiseRun:
         change = (encoded.decode().double() - row.double()).square() * power.mean()
         basis = Basis.OWN if power.num_tokens else Basis.NONE
         loss = change.sum().item() if power.num_tokens else None
-        name = self._names[module]
-        self._encoded[name] = encoded
-        scheme = take_encoded(module, encoded)
         tokens = float(power.num_tokens)
-        self._record.linears.append(LinearRecord(name, scheme, basis, tokens, loss))
+        self._encoded.put(self._names[module], module, encoded, basis, tokens, loss)
 
 
 def _sum_over_ranks(power: ChannelPower) -> None:

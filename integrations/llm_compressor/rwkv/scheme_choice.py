@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compressed_tensors.quantization import (
@@ -13,12 +14,31 @@ from compressed_tensors.quantization import (
 )
 from torch import nn
 
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.names import fused_with
 from moeq_plugin.core.uniformity import Gaps, UniformityScore, score_uniformity
 from moeq_plugin.integrations.llm_compressor.checkpoint.reader_limits import expert_linears
+from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.schemes import weight_args
 from moeq_plugin.models.moe import MoELayer
 from moeq_plugin.models.packed import packed_modules
+
+W3_GROUP_64 = {"num_bits": 3, "symmetric": False, "group_size": 64}  # the paper's scalar grid
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """Which weights get a grid and which a codebook.
+
+    Attributes:
+        request: with the schemes of those on grids.
+        codebooks: the format of each other, by name.
+        uniformity: what was decided by, as the record says it; empty if it was measured.
+    """
+
+    request: Request
+    codebooks: Mapping[str, CodebookFormat]
+    uniformity: Mapping[str, dict[str, Any]]
 
 
 def score_weights(linears: Mapping[str, nn.Linear], gaps: Gaps) -> dict[str, UniformityScore]:
@@ -42,6 +62,45 @@ def deciding_together(
         if name not in taken:
             fused.setdefault(fused_with(name), []).append(name)
     return groups + [group for group in fused.values() if len(group) > 1]
+
+
+def default_scheme(targets: str | list[str]) -> QuantizationScheme:
+    """Return the default grid for these targets, not yet narrowed to fit any weight."""
+    targets = [targets] if isinstance(targets, str) else targets
+    return QuantizationScheme(targets=targets, weights=weights_of_scheme(W3_GROUP_64))
+
+
+def with_default_scheme(
+    request: Request, linears: Mapping[str, nn.Linear], scalar: Collection[str]
+) -> Request:
+    """Return the request with the default grid for the linears that stay scalar."""
+    plain = {name: linear for name, linear in linears.items() if name in scalar}
+    groups = scheme_groups(plain, weights_of_scheme(W3_GROUP_64), "scalar")
+    return request.with_groups(groups) if groups else request
+
+
+def with_finer_scheme(
+    request: Request, linears: Mapping[str, nn.Linear], scheme: str | dict[str, Any]
+) -> Request:
+    """Return the request with another grid for linears that would get a codebook."""
+    finer = scheme_groups(linears, weights_of_scheme(scheme), "finer")
+    # the host looks for names before classes, so that these take the finer scheme
+    return request.with_groups({**request.groups(), **finer})
+
+
+def check_vectors(linears: Mapping[str, nn.Linear], form: CodebookFormat) -> None:
+    """Refuse a codebook whose vectors do not divide the columns of a linear.
+
+    Raises:
+        ValueError: naming the linears.
+    """
+    dim = form.vector_dim
+    wrong = [name for name, linear in linears.items() if linear.in_features % dim]
+    if wrong:
+        raise ValueError(
+            f"codebook.vector_dim {dim} must divide the input columns of every weight, which "
+            f"it does not for {', '.join(wrong)}; use 1, or put them into `ignore`"
+        )
 
 
 def scheme_groups(

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
+from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 from moeq_plugin.integrations.llm_compressor.allocation.trial_rounding import (
@@ -64,3 +65,20 @@ def test_without_correlations_the_change_is_within_half_a_step():
     step = 2 * linear.weight.abs().amax(1, keepdim=True) / 15  # symmetric 4 bit, one group
     assert (difference.abs() <= step / 2 * 1.001).all()  # scales are rounded too
     assert difference.any()
+
+
+def test_a_codebook_is_tried_as_it_is_made():
+    tried = moments(32, 64)
+    tried[1].hessian.copy_(torch.randn(64, 96).cov() + torch.eye(64))
+    option = parse_option("CB3D2_G8x32")
+    found = dict(ROUNDING.differences(option, tried))
+    for of in tried:
+        (linear,) = of.linears
+        made = solve_codebook(linear.weight, of.hessian.clone(), option.codebook)
+        torch.testing.assert_close(linear.weight + found[linear], made.weight.decode())
+
+
+def test_only_where_its_vectors_fit():
+    tried = moments(32, 6, 64)
+    rounded = {linear for linear, _ in ROUNDING.differences(parse_option("CB3D4_G8x32"), tried)}
+    assert rounded == {linears(tried)[0], linears(tried)[2]}

@@ -23,7 +23,7 @@ BUDGET = {"bits_per_weight": 6.0, "options": ["W3A16_G16", "W4A16_G16", "W8A16_G
 RECIPES = {
     "scheme": lambda: MoEQuantModifier(config_groups=int4(16)),
     "budget": lambda: MoEQuantModifier(**BUDGET),
-    "codebooks": lambda: RWKVQuantModifier(scalar_frac=0.5, elementwise=None),
+    "codebooks": lambda: RWKVQuantModifier(scalar_frac=0.5),
 }
 
 
@@ -129,16 +129,3 @@ def test_what_a_run_decides_is_not_in_the_recipe(tmp_path):
     assert groups == int4(16)
     assert "ignore" not in modifier.model_fields_set
     assert active_session().lifecycle.recipe.modifiers == [modifier]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("bits_per_weight", 3.0), ("size_gb", 1.0), ("allocation", "a.json"), ("robust", True),
-        ("target", "gguf"), ("options", ["W4A16"]), ("sensitivity", "t.json"), ("work_dir", "w"),
-    ],
-)  # fmt: skip
-def test_rwkv_takes_no_field_that_would_do_nothing(field, value):
-    assert field not in RWKVQuantModifier.model_fields
-    with pytest.raises(ValueError, match=f"leave out {field}"):
-        RWKVQuantModifier(**{field: value})

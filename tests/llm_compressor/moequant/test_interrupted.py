@@ -21,7 +21,7 @@ RECIPES = {
     "budget": lambda: MoEQuantModifier(
         bits_per_weight=7.0, options=["W4A16_G16", "W8A16_G16"], sensitivity={"gradient": False}
     ),
-    "codebooks": lambda: RWKVQuantModifier(scalar_frac=0.5, elementwise=None),
+    "codebooks": lambda: RWKVQuantModifier(scalar_frac=0.5),
     "host": lambda: GPTQModifier(config_groups=int4(16), ignore=["lm_head", "re:.*gate$"]),
 }
 

@@ -20,7 +20,7 @@ RECIPES = {
     "budget": lambda: MoEQuantModifier(
         bits_per_weight=7.0, options=["W4A16_G16", "W8A16_G16"], sensitivity={"gradient": False}
     ),
-    "codebooks": lambda: RWKVQuantModifier(elementwise=None),
+    "codebooks": lambda: RWKVQuantModifier(),
     "awq": lambda: [
         MoEQuantAWQModifier(n_grid=3),
         QuantizationModifier(config_groups=int4(16), ignore=["lm_head", "re:.*gate$"]),

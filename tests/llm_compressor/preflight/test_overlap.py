@@ -41,7 +41,7 @@ OVERLAPPING = {
         MoEQuantModifier(bits_per_weight=6.0, options=["W4A16_G16", "W8A16_G16"]),
         stock(EXPERTS),
     ],
-    "codebooks": lambda: [RWKVQuantModifier(elementwise=None), ours(EXPERTS)],
+    "codebooks": lambda: [RWKVQuantModifier(), ours(EXPERTS)],
 }
 APART = {
     "ours": lambda: [ours(EXPERTS), ours(ATTENTION)],

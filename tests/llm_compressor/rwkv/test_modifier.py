@@ -29,6 +29,9 @@ from moeq_plugin.models.packed import CodebookScale, packed_modules
 from moeq_plugin.records.run import Basis, RunRecord
 
 FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
+# with the low-rank factors, which stay in 16 bit unless they are named
+ALL = ["Linear", r"re:.*\.att\.[wavg][12]$"]
+ELEMENTWISE = CodebookFormat(3, 1, group_rows=1, group_columns=64)
 KEPT = ("emb", "lm_head", "ln", "w0", "a0", "v0")
 
 
@@ -69,7 +72,7 @@ def half(tmp_path_factory):
     directory = tmp_path_factory.mktemp("half")
     model = tiny_rwkv(directory / "model", torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    recipe = RWKVQuantModifier(scalar_frac=0.6, codebook=FORM)
+    recipe = RWKVQuantModifier(scalar_frac=0.6, codebook=FORM, targets=ALL, elementwise=ELEMENTWISE)
     oneshot(model, recipe, output_dir=str(directory / "out"))
     return model, before, directory / "out"
 
@@ -91,10 +94,11 @@ def test_the_most_uniform_share_stays_scalar(half):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_all_can_have_one_format(fraction, model):
-    oneshot(model, RWKVQuantModifier(scalar_frac=fraction, codebook=FORM, elementwise=None))
+    oneshot(model, RWKVQuantModifier(scalar_frac=fraction, codebook=FORM))
 
-    assert len(packed_modules(model)) == (26 if fraction == 0 else 0)
-    assert len(linears(model)) == (0 if fraction == 0 else 26)
+    # and the 14 low-rank factors are linears in 16 bit
+    assert len(packed_modules(model)) == (12 if fraction == 0 else 0)
+    assert len(linears(model)) == 14 + (0 if fraction == 0 else 12)
 
 
 def test_thresholds_decide_as_in_the_paper(model):
@@ -106,9 +110,7 @@ def test_thresholds_decide_as_in_the_paper(model):
 
     oneshot(
         model,
-        RWKVQuantModifier(
-            thresholds=(coarse, fine), gaps="unique", codebook=FORM, elementwise=None
-        ),
+        RWKVQuantModifier(thresholds=(coarse, fine), gaps="unique", codebook=FORM, targets=ALL),
     )
 
     assert set(scores) - set(packed_modules(model)) == expected
@@ -132,7 +134,7 @@ def test_codebooks_are_solved_on_the_inputs_of_each_linear(model):
         moments.add(sequence)
     expected = solve_codebook(weight, moments.hessian, FORM)
 
-    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=FORM, elementwise=None, preset="fast")
+    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=FORM, preset="fast")
     oneshot(model, recipe, data)
 
     torch.testing.assert_close(
@@ -175,7 +177,9 @@ def test_batches_and_padding_do_not_change_an_element_wise_codebook(tmp_path):
         ids = rows if case == "alone" else [row + [0] * 5 for row in rows]
         mask = [[1] * 8 + [0] * (len(row) - 8) for row in ids]
         data = dataset().from_dict({"input_ids": ids, "attention_mask": mask})
-        recipe = RWKVQuantModifier(scalar_frac=1.0, elementwise_percentile=80)
+        recipe = RWKVQuantModifier(
+            scalar_frac=1.0, elementwise=ELEMENTWISE, elementwise_percentile=80
+        )
         oneshot(model, recipe, data, batch_size=1 if case == "alone" else 2)
         weights.append(model.model.blocks[0].att.x_k.weight)
 
@@ -198,7 +202,7 @@ def test_a_fallback_scheme_makes_a_plain_compressed_tensors_checkpoint(model, tm
 
     oneshot(
         model,
-        RWKVQuantModifier(scalar_frac=0.6, fallback_scheme=finer),
+        RWKVQuantModifier(scalar_frac=0.6, fallback_scheme=finer, targets=ALL),
         output_dir=str(tmp_path / "out"),
     )
 
@@ -216,7 +220,10 @@ def test_a_preset_can_be_the_scalar_scheme(tmp_path):
     widths = [name for name in SIZES if name.endswith(("_size", "_low_rank_dim"))]
     model = tiny_rwkv(tmp_path / "model", torch.float32, **dict.fromkeys(widths, 128))
     recipe = RWKVQuantModifier(
-        scheme="W8A16", scalar_frac=0.6, fallback_scheme={"num_bits": 6, "symmetric": True}
+        scheme="W8A16",
+        scalar_frac=0.6,
+        fallback_scheme={"num_bits": 6, "symmetric": True},
+        targets=ALL,
     )
 
     oneshot(model, recipe)
@@ -227,7 +234,9 @@ def test_a_preset_can_be_the_scalar_scheme(tmp_path):
 
 
 def test_schemes_of_the_user_are_used(model):
-    recipe = RWKVQuantModifier(config_groups=int4(8), scalar_frac=0.6, codebook=FORM)
+    groups = int4(8)
+    groups["group_0"]["targets"] = ALL
+    recipe = RWKVQuantModifier(config_groups=groups, scalar_frac=0.6, codebook=FORM)
 
     oneshot(model, recipe)
 
@@ -274,9 +283,8 @@ def test_degenerate_weights_stay_scalar_and_are_reported(model, tmp_path):
         model.model.blocks[0].att.w1.weight.zero_()
         model.model.blocks[1].att.key.weight.fill_(0.25)
 
-    oneshot(
-        model, RWKVQuantModifier(scalar_frac=0.0, codebook=FORM), output_dir=str(tmp_path / "out")
-    )
+    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=FORM, targets=ALL)
+    oneshot(model, recipe, output_dir=str(tmp_path / "out"))
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize().model
     uniformity = RunRecord.load(tmp_path / "out")[0].uniformity
@@ -327,7 +335,7 @@ def test_a_weight_that_is_not_finite_is_named(model):
 def test_vectors_that_do_not_fit_are_named(tmp_path):
     model = tiny_rwkv(tmp_path / "odd", v_low_rank_dim=6)
 
-    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=CodebookFormat(6, 4, 64, 32))
+    recipe = RWKVQuantModifier(scalar_frac=0.0, codebook=CodebookFormat(6, 4, 64, 32), targets=ALL)
     refuses(r"vector_dim 4 must divide .* not for model.blocks.1.att.v2; use 1", model, recipe)
 
 
@@ -347,6 +355,10 @@ def test_vectors_that_do_not_fit_are_named(tmp_path):
             "leave out `elementwise` or fallback_scheme",
         ),
         ({"scalar_fraction": 0.9}, "scalar_fraction"),
+        (
+            {"bits_per_weight": 3, "scalar_frac": 0.5, "codebook": FORM},
+            "by what they lose: leave out scalar_frac and codebook",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
