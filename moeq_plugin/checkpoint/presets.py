@@ -32,7 +32,7 @@ def check_name(name: str) -> None:
         (None, None)
     """
     base = re.sub(r"_G\d+$", "", name).upper()
-    if base in HOST_NAMES:
+    if base in HOST_NAMES or codebook_named(name):
         return
     near = [f"W{bits}A16" for bits in re.findall(r"[2-8]", base)[:1]]
     near += difflib.get_close_matches(base, sorted(HOST_NAMES), n=2)
@@ -42,7 +42,8 @@ def check_name(name: str) -> None:
 
 def served_by(names: Iterable[str]) -> str:
     """Return what serves these schemes, where ordinary kernels do not; empty where they do."""
-    rare = [name for name in names if _NAME.fullmatch(name) and scheme_named(name).needs_humming]
+    schemes = {name: scheme_named(name) for name in names if _NAME.fullmatch(name)}
+    rare = [name for name, of in schemes.items() if isinstance(of, Scheme) and of.needs_humming]
     if not rare:
         return ""
     return (

@@ -8,6 +8,7 @@ from typing import Any
 from moeq_plugin.cli.rwkv import is_rwkv, modifiers_for_rwkv
 from moeq_plugin.cli.shared import say
 from moeq_plugin.cli.validation import in_words, is_validation_error
+from moeq_plugin.core.scheme_words import codebook_named
 from moeq_plugin.untrusted.broken import sentence
 from moeq_plugin.untrusted.patterns import check_content
 from moeq_plugin.untrusted.reading import MAX_CONFIG_BYTES, read_text
@@ -34,6 +35,8 @@ def of_request(model: str, *, target: str, work_dir: str, **settings: Any) -> li
     settings |= {"target": target, "work_dir": work_dir}
     if is_rwkv(model):
         return modifiers_for_rwkv(**settings)
+    if "codebook" in settings:
+        raise ValueError("codebooks are for RWKV; give a scheme with a grid, such as W4A16")
     return [MoEQuantModifier(**{"ignore": ["lm_head"], **settings})]
 
 
@@ -71,6 +74,8 @@ def of_scheme(scheme: str) -> dict[str, Any]:
     """
     from moeq_plugin.integrations.llm_compressor.allocation.options import parse_option
 
+    if fields := codebook_named(scheme):
+        return {"codebook": fields}
     if "_G" not in scheme:
         return {"scheme": scheme}
     return {"config_groups": {scheme: parse_option(scheme).for_targets(["Linear"])}}

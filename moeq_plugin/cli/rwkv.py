@@ -38,8 +38,11 @@ def modifiers_for_rwkv(**settings: Any) -> list[Any]:
         **settings: fields of the modifier.
     """
     from moeq_plugin import RWKVQuantModifier
+    from moeq_plugin.core.codebook import CodebookFormat
 
     asked: dict[str, Any] = {"ignore": ["lm_head"], **settings}
+    if "codebook" in settings:
+        asked["codebook"] = CodebookFormat(*settings["codebook"])
     if settings.keys() & {"scheme", "config_groups"}:
         asked["scalar_frac"] = 1.0
     elif not settings.keys() & BUDGETS:
