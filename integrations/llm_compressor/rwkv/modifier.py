@@ -86,8 +86,7 @@ class RWKVQuantModifier(BudgetedModifier):
 
     - on_initialize: check everything that can be checked, score all weights and decide, attach
       schemes, prepare saving
-    - on_calibration_start: with a budget measure, choose and attach schemes; hooks that accumulate
-      second moments
+    - on_calibration_start: with a budget measure and choose; hooks that accumulate second moments
     - on_sequential_epoch_end: solve one layer's weights on grids, encode its others
     - on_calibration_end: round what was never called, remove hooks
     - on_finalize: replace encoded modules by packed ones, which is what will be saved
