@@ -202,27 +202,37 @@ def cpu() -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Return milliseconds, the speed against dense bfloat16, and the bytes of weights.
+    """Return how fast everything is against dense bfloat16, and the bytes of weights.
 
     Speeds are the middle one of all repeats, and in brackets the smallest and the largest.
     """
-    rows = ["| what | threads | form | ms | against bfloat16 | MB |", "|---" * 6 + "|"]
-    runs = content["runs"]
-    base = {place(run): run["seconds"] for run in runs if run["form"] == "bfloat16"}
-    for run in runs:
-        pairs = zip(base[place(run)], run["seconds"], strict=True)
-        speeds = sorted(dense / own for dense, own in pairs)
+    base = {place(run): run["seconds"] for run in content["runs"] if run["form"] == "bfloat16"}
+    cells = {(*place(run), run["form"]): cell(run, base[place(run)]) for run in content["runs"]}
+    products = [run for run in content["runs"] if run["what"] == "matrix"]
+    counts = sorted({run["rows"] for run in products})
+    lines = [f"| {MATRIX} x {MATRIX} | MB | " + " | ".join(map(str, counts)) + " |"]
+    lines.append("|---" * (2 + len(counts)) + "|")
+    for run in products:
+        if run["rows"] == counts[0]:
+            found = [cells[*place(run | {"rows": rows}), run["form"]] for rows in counts]
+            lines.append(
+                f"| {run['form']} | {run['bytes'] / 1e6:.1f} | " + " | ".join(found) + " |"
+            )
+    lines += ["", "| layers | width | threads | form | against bfloat16 | MB |", "|---" * 6 + "|"]
+    for run in content["runs"]:
         if run["what"] == "stack":
-            what = f"{run['layers']} layers of width {run['width']}"
-        else:
-            what = f"{MATRIX} x {MATRIX}, {run['rows']} rows of activations"
-        rows.append(
-            f"| {what} | {run['threads']} | {run['form']} "
-            f"| {1e3 * statistics.median(run['seconds']):.2f} "
-            f"| {statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f}) "
-            f"| {run['bytes'] / 1e6:.1f} |"
-        )
-    return "\n".join(rows)
+            lines.append(
+                f"| {run['layers']} | {run['width']} | {run['threads']} | {run['form']} "
+                f"| {cells[*place(run), run['form']]} | {run['bytes'] / 1e6:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def cell(run: dict[str, Any], base: list[float]) -> str:
+    """Return milliseconds, and how many times as fast that is as dense bfloat16."""
+    speeds = sorted(dense / own for dense, own in zip(base, run["seconds"], strict=True))
+    spread = f"{statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f})"
+    return f"{1e3 * statistics.median(run['seconds']):.2f} ms, {spread}"
 
 
 def place(run: dict[str, Any]) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ int64_t few(const Codebooks& w) {
   if (is_wide(w)) return w.rounded == 8 ? 24 : 8;
 #endif
 #ifdef MEDIUM
-  if (is_shuffled(w)) return 24;
+  if (is_shuffled(w)) return 64;
 #endif
   (void)w;
   return 4;
@@ -72,7 +72,11 @@ int64_t few(const Grid& w) {
   if (is_wide(w)) return 8;
 #endif
   (void)w;
+#ifdef MEDIUM
+  return 16;
+#else
   return 4;
+#endif
 }
 
 }  // namespace
@@ -88,8 +92,8 @@ int64_t few(const Grid& w) {
   }                                                                                              \
   void moeq_##kind##_decode(const Weight* w, int64_t begin, int64_t end, void* out,              \
                             int is_bfloat, int threads) {                                        \
-    if (is_bfloat) decode_any(*w, begin, end, static_cast<Bfloat*>(out), threads);                   \
-    else decode_any(*w, begin, end, static_cast<float*>(out), threads);                              \
+    if (is_bfloat) decode_any(*w, begin, end, static_cast<Bfloat*>(out), threads);               \
+    else decode_any(*w, begin, end, static_cast<float*>(out), threads);                          \
   }
 
 extern "C" {

@@ -58,11 +58,12 @@ def activations(count, columns, dtype, seed):
     return torch.randn(count, columns, generator=generator).to(dtype)
 
 
-def assert_product(found, x, weight, tolerance):
+def assert_product(found, x, weight, tolerance, summed=None):
+    """Check a product; `summed` is what is summed up in it, where that is not the weight."""
     assert found.dtype == x.dtype
     expected = x.double() @ weight.double().T
     # of the rows of the sum that is rounded, not of what is left of it
-    size = x.double().abs() @ weight.double().abs().T
+    size = x.double().abs() @ (weight if summed is None else summed).double().abs().T
     assert ((found.double() - expected).abs() <= tolerance * size + 1e-12).all()
 
 
@@ -73,21 +74,37 @@ SETTINGS = settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     bits=st.integers(1, 12),
     dim=st.sampled_from([1, 2, 2, 3, 4, 8]),
-    group_rows=st.integers(1, 40),
-    group_vectors=st.one_of(st.integers(1, 40), st.sampled_from([16, 32, 64])),
-    rows=st.integers(1, 90),
-    vectors=st.one_of(st.integers(1, 70), st.sampled_from([16, 24, 32, 48, 64, 72, 128])),
-    count=st.sampled_from([1, 1, 2, 3, 4, 5, 8, 13, 100]),
+    group=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 70)),
+    count=st.sampled_from([1, 1, 2, 5, 13, 100]),
     dtype=st.sampled_from(list(DTYPES)),
     threads=st.sampled_from([1, 1, 1, 2]),
     seed=st.integers(0, 99),
 )
-def test_of_a_codebook_weight(
-    bits, dim, group_rows, group_vectors, rows, vectors, count, dtype, threads, seed
-):
+def test_of_a_codebook_weight(bits, dim, group, shape, count, dtype, threads, seed):
+    check_codebooks(bits, dim, group, shape, count, dtype, threads, seed)
+
+
+@SETTINGS
+@given(
+    bits=st.integers(1, 8),
+    dim=st.sampled_from([1, 2]),
+    # tiles whose codes are looked up many at a time, and others at the edges
+    group=st.tuples(st.integers(1, 20), st.sampled_from([16, 32, 64, 96, 128])),
+    shape=st.tuples(st.integers(1, 60), st.sampled_from([8, 16, 32, 40, 64, 72, 128, 200, 256])),
+    count=st.sampled_from([1, 1, 2, 3, 4, 5, 7, 8, 13, 100]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    threads=st.sampled_from([1, 1, 1, 2]),
+    seed=st.integers(0, 99),
+)
+def test_of_a_codebook_weight_in_wide_tiles(bits, dim, group, shape, count, dtype, threads, seed):
+    check_codebooks(bits, dim, group, shape, count, dtype, threads, seed)
+
+
+def check_codebooks(bits, dim, group, shape, count, dtype, threads, seed):
     tolerance, dtype = DTYPES[dtype], getattr(torch, dtype)
-    form = CodebookFormat(bits, dim, group_rows, group_vectors * dim)
-    shape = rows, vectors * dim
+    form = CodebookFormat(bits, dim, group[0], group[1] * dim)
+    shape = shape[0], shape[1] * dim
     weight = codebook_weight(form, shape, dtype, seed)
     packed_form = PackedFormat.of(weight)
     packed = packed_form.pack(weight)
@@ -111,7 +128,7 @@ def test_of_a_codebook_weight(
     rows=st.integers(1, 50),
     groups=st.integers(1, 6),
     symmetric=st.booleans(),
-    count=st.sampled_from([1, 1, 2, 3, 5, 8, 100]),
+    count=st.sampled_from([1, 1, 2, 3, 4, 5, 7, 8, 100]),
     dtype=st.sampled_from(list(DTYPES)),
     threads=st.sampled_from([1, 1, 1, 2]),
     seed=st.integers(0, 99),
@@ -132,13 +149,15 @@ def test_of_a_weight_on_a_grid(
     packed = torch.stack([pack_codes(row, bits)[: -(-columns * bits // 32)] for row in codes])
     product = products.grid_product(packed, scales, zeros, (rows, columns), bits)
     middle = torch.full((rows, groups), 1 << (bits - 1))
-    steps = codes.view(rows, groups, -1) - (middle if zeros is None else zeros.long())[..., None]
-    weight = (steps * scales.double()[..., None]).flatten(1)
+    zero = (middle if zeros is None else zeros.long())[..., None]
+    weight = ((codes.view(rows, groups, -1) - zero) * scales.double()[..., None]).flatten(1)
+    # zero points are taken off when codes have been summed up
+    summed = ((codes.view(rows, groups, -1) + zero) * scales.double()[..., None]).flatten(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         x = activations(count, columns, dtype, seed)
-        assert_product(product(x), x, weight, tolerance)
+        assert_product(product(x), x, weight, tolerance, summed)
     finally:
         torch.set_num_threads(before)
 
@@ -146,6 +165,19 @@ def test_of_a_weight_on_a_grid(
 def test_groups_that_begin_within_a_byte_have_no_product():
     packed = torch.zeros(2, 1, dtype=torch.int32)
     assert products.grid_product(packed, torch.ones(2, 2), None, (2, 10), 3) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_and_nans_of_activations_stay(dtype):
+    form = CodebookFormat(6, 2, group_rows=8, group_columns=32)
+    weight = codebook_weight(form, (8, 32), dtype, 0)
+    packed_form = PackedFormat.of(weight)
+    product = products.codebook_product(packed_form.pack(weight), packed_form, (8, 32), dtype)
+    for value in [torch.inf, torch.nan, 1e30]:
+        x = torch.zeros(1, 32, dtype=dtype)
+        x[0, 3] = value
+        found, expected = product(x).double(), x.double() @ weight.decode().double().T
+        assert torch.allclose(found, expected, rtol=1e-2, equal_nan=True)
 
 
 def test_any_leading_shape_is_kept():
