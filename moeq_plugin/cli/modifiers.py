@@ -92,9 +92,14 @@ def check_recipe(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a recipe in YAML")
     try:
-        check_content(yaml.safe_load(read_text(path, MAX_CONFIG_BYTES)))
+        content = yaml.safe_load(read_text(path, MAX_CONFIG_BYTES))
+        check_content(content)
     except Exception as error:  # whatever a file that is no recipe makes a parser do
         raise ValueError(f"{path} is not a recipe: {sentence(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is not a recipe: expected stages by name, got {str(content)[:40]!r}"
+        )
 
 
 def of_recipe(path: Path, work_dir: Path) -> list[Any]:

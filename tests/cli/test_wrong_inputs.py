@@ -18,6 +18,7 @@ MODEL = str(ASSETS / "tiny_moe")
 W4 = ("--scheme", "W4A16")
 RECIPES = {
     "bad.yaml": "a: [",
+    "empty.yaml": "",
     "unknown.yaml": "s_stage:\n  s_modifiers:\n    NoModifier: {}\n",
     "field.yaml": "s_stage:\n  s_modifiers:\n    MoEQuantModifier: {affinty_power: 1}\n",
 }
@@ -67,6 +68,7 @@ WRONG = [
     (quantize("--bits-per-weight", "0.5"), "0.5 is too small: for target 'vllm' the options"),
     (quantize("--recipe", "bad.yaml"), "is not a recipe"),
     (quantize("--recipe", "unknown.yaml"), "NoModifier"),
+    (quantize("--recipe", "empty.yaml"), "expected stages by name"),
     (quantize("--recipe", "field.yaml"), "affinty_power"),
     (quantize("--recipe", "field.yaml", "--seed", "3"), "--seed is a line of the recipe"),
     (quantize("--recipe", "none.yaml"), "none.yaml"),
