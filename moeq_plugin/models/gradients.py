@@ -211,6 +211,8 @@ def limited(gradient: torch.Tensor, limit: float) -> torch.Tensor:
         limit: no token's gradient stays longer than this many times the median of those that are
             not 0, as the gradients of padding are.
     """
+    if not gradient.numel():
+        return gradient  # of an expert that no token was sent to
     norm = gradient.float().norm(dim=-1)
     usual = norm.where(norm > 0, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num()
     factor: torch.Tensor = (limit * usual / norm).clamp(max=1).nan_to_num(1.0)

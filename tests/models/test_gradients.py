@@ -172,6 +172,7 @@ def test_padding_is_not_what_is_usual():
     padded = torch.cat([gradient, torch.zeros(1, 100, 8)], 1)
     assert torch.equal(limited(padded, 10.0)[:, :40], limited(gradient, 10.0))
     assert torch.equal(limited(torch.zeros(1, 5, 8), 10.0), torch.zeros(1, 5, 8))
+    assert limited(torch.zeros(0, 8), 10.0).shape == (0, 8)  # an expert without tokens
 
 
 def test_what_explodes_behind_a_linear_weighs_no_more_than_the_limit():
