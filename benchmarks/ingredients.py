@@ -32,6 +32,7 @@ CORRECTED = {"corrected_target": True}
 CONDITIONAL, GROUP = {"scale_search": "conditional"}, {"scale_search": "group"}
 NARROW_STACK = {**NARROW, **SIGNED, **ROUNDS, **DAMPED}
 BALANCED = {"preset": "balanced"}
+DAMPED_BALANCED = {**BALANCED, **DAMPED}
 CONTENDERS: dict[str, dict[str, object]] = {
     "default": {},
     # one alone
@@ -68,11 +69,11 @@ CONTENDERS: dict[str, dict[str, object]] = {
     "moderate search": MODERATE,
     "prior": PRIOR,
     "balanced": BALANCED,
-    "balanced, without search": {**BALANCED, "scale_search": "given", "signed_scales": False},
-    "balanced, without signs": {**BALANCED, "signed_scales": False},
-    "balanced, without rounds": {**BALANCED, "refine_rounds": 0},
-    "balanced, without damping": {**BALANCED, "dampening_frac": 0.01},
-    "balanced, without prior": {**BALANCED, "prior_tokens": 0.0},
+    "damped": DAMPED_BALANCED,
+    "damped, without search": {**DAMPED_BALANCED, "scale_search": "given", "signed_scales": False},
+    "damped, without signs": {**DAMPED_BALANCED, "signed_scales": False},
+    "damped, without rounds": {**DAMPED_BALANCED, "refine_rounds": 0},
+    "damped, without prior": {**DAMPED_BALANCED, "prior_tokens": 0.0},
     "best": {"preset": "best"},
 }
 

@@ -24,7 +24,6 @@ _BALANCED: Mapping[str, Any] = {
     "scale_search": ScaleSearch.MODERATE,
     "signed_scales": True,
     "refine_rounds": 2,
-    "dampening_frac": 0.05,
     "prior_tokens": 0.5,
 }
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
@@ -39,9 +38,8 @@ class SolverFields(FrozenFields):
 
     Args:
         preset: fills in fields that are not given: ``balanced`` means ``scale_search="moderate"``,
-            ``signed_scales=True``, ``refine_rounds=2``, ``dampening_frac=0.05`` and
-            ``prior_tokens=0.5``; ``best`` the same with ``row_feedback=True``; ``fast`` means the
-            defaults of the fields.
+            ``signed_scales=True``, ``refine_rounds=2`` and ``prior_tokens=0.5``; ``best`` the same
+            with ``row_feedback=True``; ``fast`` means the defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
             within 20 % of the range, ``moderate`` within 40 %, ``conditional`` and ``group`` in a
             wide range by the second moments. An observer that a scheme or ``weight_observer`` asks
