@@ -58,7 +58,7 @@ class TestPresets:
         }
 
     def test_a_recipe_that_was_written_means_the_same_when_it_is_read(self, tmp_path):
-        made = MoEQuantModifier(preset="balanced", dampening_frac=0.01, scheme="W4A16")
+        made = MoEQuantModifier(preset="balanced", dampening_frac=0.02, scheme="W4A16")
         stage = {"quant_modifiers": {"MoEQuantModifier": made.model_dump(exclude_none=True)}}
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({"quant_stage": stage}))
