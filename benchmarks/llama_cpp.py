@@ -206,7 +206,7 @@ class Case:
     def _tensors(self) -> dict[str, str]:
         config = self._reference.config
         linears = quantized_linears(load_reference(self.corpus.model))
-        return tensor_names(linears, config.model_type, config.num_hidden_layers)
+        return tensor_names(linears, config.model_type)
 
     def _quantized(self, path: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.corpus.model, dtype=torch.float32)

@@ -69,14 +69,14 @@ def test_json_lines_are_all_that_standard_output_holds(tiny):
 
 
 def test_an_interrupted_run_goes_on_only_when_told_to(tiny, monkeypatch):
-    keep = RunState.keep
+    keep = RunState.keep_noted
 
-    def interrupt(self, *arguments):
-        keep(self, *arguments)
+    def interrupt(self):
+        keep(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunState, "keep", interrupt)
+        patched.setattr(RunState, "keep_noted", interrupt)
         stopped = quantize(tiny, "--scheme", "W4A16_G32")
     assert stopped.exit_code == 130
     assert "--resume continues from" in stopped.stderr

@@ -88,10 +88,8 @@ class ImportanceModifier(FrozenFields, OneRun, Modifier):
         preflight.check_finite_weights(state.model)
         self._layers = linear_moe_layers(state.model)
         self._names = target_linears(state.model, self._layers, ["Linear"], ["lm_head"])
-        config = state.model.config.get_text_config()
-        tensors = tensor_names(
-            self._names.values(), config.model_type, int(config.num_hidden_layers)
-        )
+        model_type = state.model.config.get_text_config().model_type
+        tensors = tensor_names(self._names.values(), model_type)
         self._columns = ColumnImportance(
             tensors,
             min_effective_tokens=self.min_effective_tokens,

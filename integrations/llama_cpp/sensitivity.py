@@ -50,7 +50,7 @@ class TypeSensitivityModifier(SensitivityModifier):
         names = target_linears(model, self._layers, self.targets, self.ignore)
         config = model.config.get_text_config()
         # what has no name in the end is not worth the measuring
-        tensor_names(names.values(), config.model_type, int(config.num_hidden_layers))
+        tensor_names(names.values(), config.model_type)
         return Choices(
             names=names,
             options=parse_types(self.options),

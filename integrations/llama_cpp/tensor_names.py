@@ -13,6 +13,7 @@ from typing import Any
 
 # numbers of experts, and what llama.cpp's converter takes off the names of multi-modal models
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_LAYER = re.compile(r"\b\d+\b")
 _LANGUAGE = re.compile(r"\blanguage_model\.")
 _OTHERS = re.compile(r"[^a-z0-9]")
 # of latent attention, what the converter splits where a family has tensors for the parts
@@ -36,7 +37,7 @@ def gguf_package() -> ModuleType:
     return gguf
 
 
-def tensor_names(names: Iterable[str], model_type: str, num_layers: int) -> dict[str, str]:
+def tensor_names(names: Iterable[str], model_type: str) -> dict[str, str]:
     """Return the name of the tensor that each linear's weight is in, or is an expert of.
 
     The family is the one whose tensor map knows all linears. Where several do, they agree on the
@@ -46,43 +47,57 @@ def tensor_names(names: Iterable[str], model_type: str, num_layers: int) -> dict
     Args:
         names: of linears, experts being modules with a number.
         model_type: of the model's configuration, such as ``qwen3_moe``.
-        num_layers: of the model.
 
     Raises:
         ValueError: naming the linears that no family of llama.cpp knows.
 
     Example:
-        >>> tensor_names(["model.layers.0.mlp.experts.3.up_proj"], "qwen3_moe", 1)
+        >>> tensor_names(["model.layers.0.mlp.experts.3.up_proj"], "qwen3_moe")
         {'model.layers.0.mlp.experts.3.up_proj': 'blk.0.ffn_up_exps.weight'}
     """
-    theirs = {name: _LANGUAGE.sub("", _EXPERT.sub(".experts.", name)) for name in names}
+    theirs = {name: _in_first_layer(name) for name in names}
     wanted = set(theirs.values())
     by_family: dict[str, dict[str, str]] = {}
     nearest: set[str] = wanted
-    for family, known in _families(num_layers, wanted):
+    for family, known in _families(wanted):
         missing = wanted - known.keys()
         if not missing:
             by_family[family] = known
         elif len(missing) < len(nearest):
             nearest = missing
     if not by_family:
-        unknown = [name for name, stacked in theirs.items() if stacked in nearest]
+        unknown = [name for name, first in theirs.items() if first in nearest]
         raise ValueError(
             f"no family of llama.cpp has tensors for all linears of this model ({model_type}); "
             f"the nearest one lacks {len(unknown)}, such as {', '.join(unknown[:_LISTED])}"
         )
     found = _meant(by_family, model_type)
-    return {name: found[stacked] for name, stacked in theirs.items()}
+    return {name: _in_layer_of(name, found[first]) for name, first in theirs.items()}
 
 
-def _families(num_layers: int, wanted: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _in_first_layer(name: str) -> str:
+    """Return the name without the expert's number, and with 0 as the layer's.
+
+    All layers are named alike, and a table of all of them for every family would take minutes for
+    what a configuration may claim.
+    """
+    return _LAYER.sub("0", _LANGUAGE.sub("", _EXPERT.sub(".experts.", name)), count=1)
+
+
+def _in_layer_of(name: str, tensor: str) -> str:
+    """Return a tensor of the first layer as that of the layer which a linear's name says."""
+    number = _LAYER.search(name)
+    return _LAYER.sub(number[0], tensor, count=1) if number else tensor
+
+
+def _families(wanted: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield each family of llama.cpp with the wanted names that it knows."""
     gguf = gguf_package()
     for architecture in gguf.MODEL_ARCH:
         # gguf's class adds what is peculiar to an architecture to a table of the class, where the
         # next one finds it: each gets a class with a table of its own
         table = {"block_mappings_cfg": dict(gguf.TensorNameMap.block_mappings_cfg)}
-        names = type("TensorNames", (gguf.TensorNameMap,), table)(architecture, num_layers)
+        names = type("TensorNames", (gguf.TensorNameMap,), table)(architecture, n_blocks=1)
         known = {name: _tensor(names, name) for name in wanted}
         yield (
             gguf.MODEL_ARCH_NAMES[architecture],

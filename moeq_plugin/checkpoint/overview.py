@@ -35,8 +35,8 @@ _TO_16_BIT = (
     "its converter would at best turn these codes back into 16 bit: convert the 16-bit model, and "
     "quantize with `moeq imatrix` and `moeq tensor-types`"
 )
-# names of linears, the family and its layers; raises a ValueError where llama.cpp has no names
-NameForLlama = Callable[[Sequence[str], str, int], object]
+# names of linears and the family; raises a ValueError where llama.cpp has no names
+NameForLlama = Callable[[Sequence[str], str], object]
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _limits_of_llama(layout: Layout, name_for_llama: NameForLlama | None) -> lis
         if linear.layer is not None and linear.role not in KEPT and not linear.is_mtp
     ]
     try:
-        name_for_llama(linears, architecture.family, architecture.num_layers)
+        name_for_llama(linears, architecture.family)
     except ValueError as error:
         return [str(error)]
     return []

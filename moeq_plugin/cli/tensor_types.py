@@ -71,7 +71,7 @@ def tensor_types(
         config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
         table = _table(model, data, sensitivity, option, trust_remote_code)
         found = allocate_bits(table, BitBudget(bits_per_weight=bits_per_weight), target="gguf")
-        names = tensor_names(found.choice, config.model_type, config.num_hidden_layers)
+        names = tensor_names(found.choice, config.model_type)
         chosen = with_parts(chosen_types(found.choice, names), names)
         types = with_embeddings(chosen, config.hidden_size)
         kept = {} if gguf is None else left_as_they_are(gguf, types)

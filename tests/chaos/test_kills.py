@@ -148,15 +148,15 @@ def test_a_disk_that_is_full_at_any_write(mode, source, undisturbed, tmp_path):
 
 def stop_after(layers):
     """Let a run be interrupted once some layers are kept."""
-    keep, kept = RunState.keep, []
+    keep, kept = RunState.keep_noted, []
 
-    def stop(self, *given):
+    def stop(self):
         if len(kept) == layers:
             raise KeyboardInterrupt
         kept.append(1)
-        keep(self, *given)
+        keep(self)
 
-    RunState.keep = stop
+    RunState.keep_noted = stop
 
 
 def stop_before_the_table():

@@ -68,14 +68,14 @@ def test_a_link_to_an_empty_directory_is_filled(tiny):
 
 def test_what_others_put_into_the_output_during_the_run_stays(tiny, monkeypatch):
     """F16: it was replaced."""
-    keep = RunState.keep
+    keep = RunState.keep_noted
 
-    def filling(self, *arguments):
-        keep(self, *arguments)
+    def filling(self):
+        keep(self)
         (tiny / "out").mkdir(exist_ok=True)
         (tiny / "out" / "model.safetensors").write_text("theirs")
 
-    monkeypatch.setattr(RunState, "keep", filling)
+    monkeypatch.setattr(RunState, "keep_noted", filling)
     done = quantize(tiny)
     refused(done, "the checkpoint is complete in")
     assert [p.read_text() for p in (tiny / "out").iterdir()] == ["theirs"]
@@ -91,13 +91,13 @@ def test_files_of_others_in_the_work_directory_stay(tiny):
 
 
 def test_what_others_put_into_the_work_directory_during_the_run_stays(tiny, monkeypatch):
-    keep = RunState.keep
+    keep = RunState.keep_noted
 
-    def adding(self, *arguments):
-        keep(self, *arguments)
+    def adding(self):
+        keep(self)
         (self.path / "notes.txt").write_text("theirs")
 
-    monkeypatch.setattr(RunState, "keep", adding)
+    monkeypatch.setattr(RunState, "keep_noted", adding)
     assert quantize(tiny).exit_code == 0
     assert [p.name for p in (tiny / "out.work").iterdir()] == ["notes.txt"]
 

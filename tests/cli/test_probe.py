@@ -70,7 +70,7 @@ def test_a_probe_needs_data():
 @pytest.mark.slow
 def test_what_quantizing_would_fail_on_is_said_by_the_probe(tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text('{"something": "else"}\n')
+    data.write_text('{"input_ids": [1, 100000]}\n')  # no row of the embedding
 
     done = CliRunner().invoke(app, ["plan", str(TINY), "--probe", "--dataset", str(data)])
 

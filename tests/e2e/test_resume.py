@@ -218,15 +218,15 @@ def test_data_in_changing_order_are_refused(model_path, tmp_path):
 def test_every_kind_of_run_continues(settings, model_path, tmp_path, monkeypatch):
     """Stopped after two layers, by an exception as good as a kill: nothing is flushed after it."""
     run(model_path, tmp_path / "whole", **settings)
-    keep, count = work_dir_module.RunState.keep, iter(range(1000))
+    keep, count = work_dir_module.RunState.keep_noted, iter(range(1000))
 
-    def stop(self, *arguments):
+    def stop(self):
         if next(count) == 2:
             raise KeyboardInterrupt
-        keep(self, *arguments)
+        keep(self)
 
     with monkeypatch.context() as process:
-        process.setattr(work_dir_module.RunState, "keep", stop)
+        process.setattr(work_dir_module.RunState, "keep_noted", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model_path, tmp_path / "out", tmp_path / "work", **settings)
     run(model_path, tmp_path / "out", tmp_path / "work", **settings)

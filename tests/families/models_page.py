@@ -25,6 +25,8 @@ _WHY = {
     Role.COMPRESSOR: "what it makes of keys and values is read by all later tokens (`compressor`)",
     Role.HYPER_CONNECTION: "mixes the residual streams of the whole model (`*hyper_connection*`)",
     Role.NORM: "a few columns within a norm",
+    Role.STATE_FACTOR: "RWKV's decay, learning rate, value and gate come out of these narrow "
+    "products, and errors of its state add up over all tokens (`att.w1`, `att.w2`, ...)",
     Role.PREDICTION: "servers draft with it; transformers does not load it, so it is copied",
 }
 

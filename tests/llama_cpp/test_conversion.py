@@ -71,7 +71,7 @@ def test_where_every_key_has_one_head_nothing_moves():
 def test_parts_of_a_linear_have_types_too():
     latent = "model.layers.3.self_attn.kv_b_proj"
     names = {
-        **tensor_names([latent, "model.layers.3.mlp.experts.0.up_proj"], "deepseek_v3", 4),
+        **tensor_names([latent, "model.layers.3.mlp.experts.0.up_proj"], "deepseek_v3"),
         "model.layers.1.linear_attn.in_proj_qkvz": "blk.1.ssm_in.weight",
     }
     assert names[latent] == "blk.3.attn_v_b.weight"

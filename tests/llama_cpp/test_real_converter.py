@@ -64,7 +64,7 @@ def converted(request, tmp_path_factory):
     write_matrix(directory / "matrix.gguf", modifier.matrix)
     config = model.config
     linears = target_linears(model, linear_moe_layers(model), ["Linear"], ["lm_head"])
-    names = tensor_names(linears.values(), config.model_type, config.num_hidden_layers)
+    names = tensor_names(linears.values(), config.model_type)
     return model, source, modifier.matrix, names
 
 

@@ -25,7 +25,7 @@ def test_every_linear_of_a_family_has_a_tensor_and_experts_share_theirs(family, 
     linears = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in kept
     ]
-    names = tensor_names(linears, model.config.model_type, model.config.num_hidden_layers)
+    names = tensor_names(linears, model.config.model_type)
     assert set(names) == set(linears)
     members = {}
     for module, tensor in names.items():
@@ -46,22 +46,22 @@ def test_every_linear_of_a_family_has_a_tensor_and_experts_share_theirs(family, 
 def test_a_language_model_within_another_has_the_names_of_a_language_model():
     name = "model.layers.0.self_attn.q_proj"
     inner = name.replace("model.", "model.language_model.", 1)
-    (alone,) = tensor_names([name], "qwen3_moe", 1).values()
-    (within,) = tensor_names([inner], "qwen3_moe", 1).values()
+    (alone,) = tensor_names([name], "qwen3_moe").values()
+    (within,) = tensor_names([inner], "qwen3_moe").values()
     assert alone == within == "blk.0.attn_q.weight"
 
 
 def test_an_unknown_family_is_refused_by_the_linears_that_nobody_knows():
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mixer.strange_proj"]
     with pytest.raises(ValueError, match=r"strange_moe.*strange_proj"):
-        tensor_names(names, "strange_moe", 1)
+        tensor_names(names, "strange_moe")
 
 
 def test_the_maps_of_the_package_stay_as_they_are():
     import gguf
 
     before = dict(gguf.TensorNameMap.block_mappings_cfg)
-    tensor_names(["model.layers.0.self_attn.q_proj"], "qwen3_moe", 1)
+    tensor_names(["model.layers.0.self_attn.q_proj"], "qwen3_moe")
     assert gguf.TensorNameMap.block_mappings_cfg == before
 
 

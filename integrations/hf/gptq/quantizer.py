@@ -60,7 +60,7 @@ class MoEGPTQQuantizer:
             its own.
         group_size: input columns that share a scale; -1 for one scale per output.
         damp_percent: fraction of the mean diagonal added to the Hessian's diagonal; that of
-            :class:`moeq_plugin.MoEQuantModifier`, half of Optimum's own.
+            :class:`moeq_plugin.MoEQuantModifier`, a tenth of Optimum's own.
         desc_act: not offered; see ``act_group_aware``.
         act_group_aware: quantize columns in the order of their activations, groups in place.
         sym: zero points in the middle of the range.
@@ -85,7 +85,7 @@ class MoEGPTQQuantizer:
         bits: int,
         dataset: Calibration = None,
         group_size: int = 128,
-        damp_percent: float = 0.05,
+        damp_percent: float = 0.01,
         desc_act: bool = False,
         act_group_aware: bool = True,
         sym: bool = True,
