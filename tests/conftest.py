@@ -4,6 +4,7 @@ import os
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command has it, for what tests start
 
 import torch  # noqa: E402
 

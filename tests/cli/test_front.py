@@ -94,6 +94,25 @@ def test_a_wrong_path_costs_no_import(arguments, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_give_up_waiting_soon_unless_told_otherwise(given, expected):
+    """On a machine that does something else too, a run took ten times as long."""
+    code = (
+        "import os, sys, atexit; from moeq_plugin.cli import main; sys.argv[1:] = ['--version']\n"
+        "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules))\n"
+        "main()"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{expected} False"
+
+
 def test_a_slip_in_a_path_is_no_id(tmp_path, monkeypatch):
     (tmp_path / "models" / "tiny_moe").mkdir(parents=True)
     (tmp_path / "models" / "tiny_moe" / "config.json").write_text("{}")
