@@ -13,10 +13,12 @@ which draws centroids of small weight toward 0. Here the divisor is the sum itse
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import max_pool2d
 
 MAX_EXACT_POINTS = 512  # the exact solution looks at all pairs of points
 _STARTS = 3  # candidates per centroid of the greedy start
 _TABLE_ELEMENTS = 1 << 24
+_POINTS = 256  # whose distances to all centroids are kept in the cache of a core
 
 
 def fit_centroids(
@@ -92,19 +94,40 @@ def nearest(points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor
     Ties go to the lower index. Shapes as in :func:`lloyd_step`.
     """
     weights = weights.expand_as(points)
-    # w c^2 - 2 w x c: the distance but for w x^2, which all centroids have in common
-    by_point = torch.cat([weights, -2 * weights * points], -1)
-    by_centroid = torch.cat([centroids.square(), centroids], -1).mT
-    at_a_time = max(1, _TABLE_ELEMENTS // (len(points) * centroids.shape[1]))
-    return torch.cat([(p @ by_centroid).argmin(-1) for p in by_point.split(at_a_time, 1)], 1)
+    # 2 w x c - w c^2 is large where the distance is small: what is left out, w x^2, all centroids
+    # have in common
+    by_point = torch.cat([-weights, 2 * weights * points], -1).mT
+    by_centroid = torch.cat([centroids.square(), centroids], -1)
+    at_a_time = max(1, min(_POINTS, _TABLE_ELEMENTS // (len(points) * centroids.shape[1])))
+    return torch.cat([_argmax(by_centroid @ p) for p in by_point.split(at_a_time, 2)], 1)
+
+
+def _argmax(table: torch.Tensor) -> torch.Tensor:
+    """Return ``table.argmax(1)`` of ``[problems, centroids, points]``, the first of equals.
+
+    On CPUs torch goes through ``argmax`` one element at a time. The maximum over a window that is
+    as high as the table is the same, and in this order of dimensions is taken of many points at
+    once.
+    """
+    if table.device.type != "cpu":
+        return table.argmax(1)
+    channels_last = table[:, :, None].permute(0, 3, 1, 2)  # [problems, points, centroids, 1]
+    window = (table.shape[1], 1)
+    return max_pool2d(channels_last, window, return_indices=True)[1].flatten(1)
 
 
 def _distance(points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Return ``[problems, points, centroids]``; exactly 0 where they are the same."""
-    distance = points.new_zeros(*points.shape[:2], centroids.shape[1])
-    for p, w, c in zip(points.unbind(-1), weights.unbind(-1), centroids.unbind(-1), strict=True):
-        difference = p[:, :, None] - c[:, None, :]
-        distance.addcmul_(difference.square_(), w[:, :, None])
+    """Return ``[problems, centroids, points]``; exactly 0 where they are the same.
+
+    Args:
+        points: ``[problems, dim, points]``.
+        weights: ``[problems, dim, points]``.
+        centroids: ``[problems, centroids, dim]``.
+    """
+    distance = points.new_zeros(len(points), centroids.shape[1], points.shape[2])
+    for p, w, c in zip(points.unbind(1), weights.unbind(1), centroids.unbind(2), strict=True):
+        difference = p[:, None] - c[..., None]
+        distance.addcmul_(difference.square_(), w[:, None])
     return distance
 
 
@@ -118,6 +141,8 @@ def _start(
     """
     generator = torch.Generator().manual_seed(seed)
     weights = weights.expand_as(points)
+    # points run last, so that what is done to all of them is done to many at once
+    by_coordinate = points.mT.contiguous(), weights.mT.contiguous()
     problem = torch.arange(len(points), device=points.device)
     share = weights.sum(-1)  # of the first centroid, which has no error to go by
     left = torch.full_like(share, torch.inf)
@@ -127,10 +152,12 @@ def _start(
         draws = torch.rand(_STARTS, generator=generator).to(points)
         index = torch.searchsorted(cumulative, cumulative[:, -1:] * draws, right=True)
         candidates = points[problem[:, None], index.clamp(max=points.shape[1] - 1)]
-        leaves = torch.minimum(left[..., None], _distance(points, weights, candidates))
-        best = leaves.sum(1).argmin(1)
+        leaves = torch.minimum(left[:, None], _distance(*by_coordinate, candidates))
+        # how it is summed up decides between candidates that are as good: point by point, as it
+        # was in every file so far
+        best = leaves.mT.contiguous().sum(1).argmin(1)
         centroids.append(candidates[problem, best])
-        share = left = leaves[problem, :, best]
+        share = left = leaves[problem, best]
     return torch.stack(centroids, 1)
 
 

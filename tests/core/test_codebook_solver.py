@@ -146,7 +146,7 @@ def test_refinement_finds_the_least_squares_codebooks(form):
     hessian = moments(inputs)
     encoded = encode(weight.double().float(), form)
 
-    refined = refine_codebooks(encoded, weight, hessian, steps=200)
+    refined, _ = refine_codebooks(encoded, weight, hessian, steps=200)
 
     # at the minimum the gradient of every centroid, summed over its vectors, is zero
     def gradient(code_weight):
@@ -176,7 +176,10 @@ def test_refinement_never_raises_the_loss_of_a_row_group():
     for form in FORMS:
         encoded = encode(weight, form)
         for steps in (1, 5, 50, 50, 50):  # at the minimum only rounding to int8 is left
-            refined = refine_codebooks(encoded, weight, hessian, steps)
+            refined, loss = refine_codebooks(encoded, weight, hessian, steps)
+            difference = (refined.decode() - weight).double()
+            measured = (difference @ hessian.double() * difference).sum(1) / 2
+            torch.testing.assert_close(loss.double(), measured, rtol=1e-4, atol=0)
             assert (losses(refined, form) <= losses(encoded, form)).all()
             encoded = refined
 

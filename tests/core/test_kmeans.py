@@ -169,6 +169,24 @@ def test_vectors_are_clustered_better_than_by_chance():
     assert (found < 0.9 * loss(points, weights, points[:, :8])).all()
 
 
+@pytest.mark.parametrize("count", [1, 3, 256, 257, 600])
+@pytest.mark.parametrize("num_centroids", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_is_the_first_of_those_that_are_nearest(count, num_centroids, dtype):
+    g = torch.Generator().manual_seed(count)
+    # few whole numbers, of which sums are exact, so that many centroids are equally near
+    points = torch.randint(-3, 4, (3, count, 2), generator=g).to(dtype)
+    weights = torch.randint(0, 3, (3, count, 2), generator=g).to(dtype)
+    centroids = torch.randint(-3, 4, (3, num_centroids, 2), generator=g).to(dtype)
+
+    found = nearest(points, weights, centroids)
+
+    for problem, of in enumerate(found.tolist()):
+        for p, w, index in zip(points[problem], weights[problem], of, strict=True):
+            distances = [(w * (p - c) ** 2).sum().item() for c in centroids[problem]]
+            assert index == distances.index(min(distances))
+
+
 def test_large_tables_are_cut_up_without_a_trace(monkeypatch):
     points, weights = problem(problems=5, points=30)
     pairs, centroids = problem(problems=5, points=30, dim=2)[0], torch.randn(5, 4, 2).double()

@@ -124,6 +124,35 @@ def check_codebooks(bits, dim, group, shape, count, dtype, threads, seed):
 @SETTINGS
 @given(
     bits=st.integers(1, 8),
+    dim=st.sampled_from([1, 2, 2, 3]),
+    group=st.tuples(st.integers(1, 20), st.sampled_from([7, 16, 32, 64])),
+    shape=st.tuples(st.integers(1, 40), st.sampled_from([8, 16, 40, 64, 72, 128])),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 99),
+)
+def test_a_codebook_weight_comes_out_bit_for_bit(bits, dim, group, shape, dtype, seed):
+    dtype = getattr(torch, dtype)
+    form = CodebookFormat(bits, dim, group[0], group[1] * dim)
+    weight = codebook_weight(form, (shape[0], shape[1] * dim), dtype, seed)
+    packed_form = PackedFormat.of(weight)
+    packed = packed_form.pack(weight)
+    product = products.codebook_product(packed, packed_form, (shape[0], shape[1] * dim), dtype)
+    if product is not None:
+        assert_every_weight(product, weight.decode())
+
+
+def assert_every_weight(product, weight):
+    """Ask for single columns, a few at a time, and for all columns at once."""
+    columns = torch.eye(weight.shape[1], dtype=weight.dtype)
+    found = torch.cat([product(few) for few in columns.split(product.few)])
+    assert torch.equal(found, weight.T)
+    many = torch.cat([columns] * (product.few // len(columns) + 1))  # more than a few
+    assert torch.equal(product(many)[: len(columns)], weight.T)
+
+
+@SETTINGS
+@given(
+    bits=st.integers(1, 8),
     group_size=st.sampled_from([None, 8, 16, 24, 32, 64, 128]),
     rows=st.integers(1, 50),
     groups=st.integers(1, 6),
