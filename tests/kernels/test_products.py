@@ -141,13 +141,25 @@ def test_a_codebook_weight_comes_out_bit_for_bit(bits, dim, group, shape, dtype,
         assert_every_weight(product, weight.decode())
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_that_begin_within_a_byte_come_out_bit_for_bit(bits, dim):
+    form = CodebookFormat(bits, dim, 5, 13 * dim)
+    weight = codebook_weight(form, (11, 39 * dim), torch.float32, bits)
+    packed_form = PackedFormat.of(weight)
+    packed = packed_form.pack(weight)
+    product = products.codebook_product(packed, packed_form, (11, 39 * dim), torch.float32)
+    assert_every_weight(product, weight.decode())
+
+
 def assert_every_weight(product, weight):
     """Ask for single columns, a few at a time, and for all columns at once."""
-    columns = torch.eye(weight.shape[1], dtype=weight.dtype)
-    found = torch.cat([product(few) for few in columns.split(product.few)])
-    assert torch.equal(found, weight.T)
-    many = torch.cat([columns] * (product.few // len(columns) + 1))  # more than a few
-    assert torch.equal(product(many)[: len(columns)], weight.T)
+    for dtype in {weight.dtype, torch.float32}:  # floats show what else rounding a result hides
+        columns = torch.eye(weight.shape[1], dtype=dtype)
+        found = torch.cat([product(few) for few in columns.split(product.few)])
+        assert torch.equal(found, weight.T.to(dtype))
+        many = torch.cat([columns] * (product.few // len(columns) + 1))  # more than a few
+        assert torch.equal(product(many)[: len(columns)], weight.T.to(dtype))
 
 
 @SETTINGS
