@@ -41,18 +41,22 @@ quantized, all else as it was bit by bit, and the size that `plan` has said, to 
 `load_dequantized` reads it back exactly and `verify` finds nothing in it.
 
 This page is written by `python tests/families/models_page.py` from
-`tests/families/recorded_families.json`, which `python tests/families/test_families.py` records; the
-tests compare both. Models are named as examples: their weights were not tried.
+`tests/families/recorded_families.json`, which `python tests/families/test_families.py` records, and
+`recorded_vllm.json` beside it, which `vllm_families.py` records; the tests compare them. Models are
+named as examples: their weights were not tried.
 
 ## Families
 
 *transformers*: whether plain `from_pretrained` computes the same; where it says no, it would
 initialize the experts at random or fail, as the log, the model card and `verify` say, and
-`load_dequantized` reads it. *AWQ* and *rotation*: whether `MoEQuantAWQModifier` and
-`ResidualRotationModifier` take the family; both refuse before anything is changed.
+`load_dequantized` reads it. *vLLM 0.32*: whether it loads the tiny model, quantized in groups of
+64, on a CPU, its integer kernels replaced by exact products, and computes what transformers does;
+where not, in its own words. Much of what it refuses there it serves on a GPU, which was not tried.
+*AWQ* and *rotation*: whether `MoEQuantAWQModifier` and `ResidualRotationModifier` take the family;
+both refuse before anything is changed.
 
-| family | models | transformers | AWQ | rotation | in 16 bit beside routers and heads |
-|---|---|---|---|---|---|
+| family | models | transformers | vLLM 0.32 | AWQ | rotation | in 16 bit beside routers and heads |
+|---|---|---|---|---|---|---|
 {rows}
 
 ## Refused
@@ -75,7 +79,7 @@ run's record and the model card list every one with its reason, and `moeq plan` 
 def text() -> str:
     """Return the page."""
     recorded = json.loads((_HERE / "recorded_families.json").read_text())
-    known = _known_models()
+    known, served = _known_models(), _served()
     works = [name for name in recorded if "refusal" not in recorded[name]]
     refused = [name for name in recorded if "refusal" in recorded[name]]
     refusals = (
@@ -86,17 +90,29 @@ def text() -> str:
         all=len(recorded),
         works=len(works),
         refused=len(refused),
-        rows="\n".join(_row(name, known[name], recorded[name]) for name in works),
+        rows="\n".join(_row(name, known[name], recorded[name], served.get(name)) for name in works),
         refusals="\n".join(refusals),
         kinds="\n".join(f"| {role.value} | {_WHY[role]} |" for role in KEPT),
     )
 
 
-def _row(name: str, models: list[str], found: dict[str, Any]) -> str:
+def _row(name: str, models: list[str], found: dict[str, Any], served: str | None) -> str:
     kept = ", ".join(kind for kind in found["kept"] if kind not in _OF_ALL)
     answers = (_answer(found[key]) for key in ("awq", "rotation"))
     reloads = "yes" if found["reloads"] else "no"
-    return f"| {name} | {', '.join(models)} | {reloads} | {' | '.join(answers)} | {kept} |"
+    cells = [name, ", ".join(models), reloads, served or "not tried", *answers, kept]
+    return f"| {' | '.join(cells)} |"
+
+
+def _served() -> dict[str, str]:
+    """Return what vLLM does with each family that was tried."""
+    recorded = json.loads((_HERE / "recorded_vllm.json").read_text())
+    tried = json.loads((_HERE / "tiny_vllm.json").read_text())["families"]
+    found = {}
+    for name, done in recorded.items():
+        loads = f"loads, but {tried[name]['differs']}" if "differs" in tried[name] else "loads"
+        found[name] = _answer(done["refusal"]) if "refusal" in done else loads
+    return found
 
 
 def _answer(reason: str) -> str:

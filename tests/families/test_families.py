@@ -29,6 +29,7 @@ from moeq_plugin.models.auto_class import auto_class_of
 from moeq_plugin.models.moe import find_moe_layers
 
 RECORDED = Path(__file__).with_name("recorded_families.json")
+SERVED = Path(__file__).with_name("recorded_vllm.json")
 # one of each kind: plain, multi-modal, hybrid, made linear by us, refused
 QUICK = {"qwen3_moe", "glm4_moe", "qwen3_vl_moe", "nemotron_h", "llama4", "longcat_flash", "doge"}
 # parts of models that are described as a whole, or no language models
@@ -153,7 +154,11 @@ def test_inspect_counts_layers_and_experts(examined, written):
 def test_it_is_sound_for_every_reader_that_it_claims(examined, written):
     """And what is claimed of plain transformers is what it then does."""
     sound = command("verify", examined.out, "--source", examined.source, "--target", "vllm")
-    assert sound[0] == (examined.name == "gpt_oss"), sound
+    skipped = json.loads(SERVED.read_text()).get(examined.name, {}).get("refusal", "")
+    # vLLM 0.32 finds no experts of these two, which its own strict loading says
+    without_experts = examined.name in {"gpt_oss", "openai_privacy_filter"}
+    assert sound[0] == without_experts, sound
+    assert not without_experts or "not initialized" in skipped
     for_transformers = command("verify", examined.out, "--target", "transformers")
     assert (for_transformers[0] == 0) == reads_exactly(examined.out), for_transformers
 

@@ -38,13 +38,13 @@ def config_of(name: str, **text: Any) -> Any:
     values = dict(entry.get("top", {}))
     without = entry.get("without", [])  # parts of a multi-modal model
     if "text_config" in parts:
-        values |= _fitting(cls, _special_ids(cls) | {"tie_word_embeddings": False} | values)
+        values |= fitting(cls, _special_ids(cls) | {"tie_word_embeddings": False} | values)
         for part in {"text_config", "vision_config", "audio_config"} & parts.keys() - {*without}:
             given = entry["text"] if part == "text_config" else entry.get(part, {})
             of = CONFIG_MAPPING[given["model_type"]] if parts[part] is AutoConfig else parts[part]
-            values[part] = of(**_fitting(of, _BASE[part]) | given)
+            values[part] = of(**fitting(of, _BASE[part]) | given)
     else:
-        values |= _fitting(cls, _BASE["text_config"]) | entry["text"]
+        values |= fitting(cls, _BASE["text_config"]) | entry["text"]
     config = cls(**values)
     config.dtype = torch.float32
     return config
@@ -95,7 +95,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=splitting, model_max_length=64)
 
 
-def _fitting(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+def fitting(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that a config class has a field for."""
     fields = {name for base in cls.__mro__ for name in getattr(base, "__annotations__", {})}
     return {key: value for key, value in values.items() if key in fields}

@@ -7,14 +7,17 @@ routing, attention and everything else stay vLLM's.
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 # From zero to a token's largest input: compressed-tensors divides the range into 255 steps, so that
 # its ends lie between codes, vLLM's kernels into 254.
 CHECKPOINT_STEPS, KERNEL_STEPS = 127.5, 127
+# of a gate, by vLLM's names
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 
 
 class Products:
@@ -95,12 +98,17 @@ def emulate_experts(products: Products) -> None:
         def _supports_quant_scheme(cls, weight_key: Any, activation_key: Any) -> bool:
             return (weight_key, activation_key) == cls.scheme
 
-        def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *_, **__) -> None:
+        def apply(
+            self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, *_, **extra
+        ) -> None:
+            function = ACTIVATIONS[activation.value]
+            if extra["apply_router_weight_on_input"]:  # vLLM has done it before this is called
+                topk_weights = torch.ones_like(topk_weights)
             output.zero_()
             for expert in topk_ids.unique().tolist():
                 tokens, choice = (topk_ids == expert).nonzero(as_tuple=True)
                 gate, up = self.multiply(hidden_states[tokens], w1[expert]).chunk(2, dim=-1)
-                result = self.multiply(silu(gate) * up, w2[expert])
+                result = self.multiply(function(gate) * up, w2[expert])
                 weights = topk_weights[tokens, choice].unsqueeze(-1)
                 output.index_add_(0, tokens, (result * weights).to(output.dtype))
 

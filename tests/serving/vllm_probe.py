@@ -24,6 +24,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def main() -> None:
         try:
             logprobs, error = prompt_logprobs(job, request["prompts"], products is not None), None
         except Exception as failure:  # whatever vLLM refuses with is the result
-            logprobs, error = None, f"{type(failure).__name__}: {failure}"
+            failed_at = traceback.extract_tb(failure.__traceback__)[-1].line
+            logprobs, error = None, f"{type(failure).__name__}: {str(failure) or failed_at}"
+            traceback.print_exc()
         gc.collect()  # an engine that is still alive would tear down the next one's groups
         results[job["name"]] = {"error": error, "logprobs": logprobs, **loaded}
     json.dump({"version": vllm.__version__, "jobs": results}, answer)
@@ -86,7 +89,7 @@ def prompt_logprobs(job: dict, prompts: list[list[int]], emulate: bool) -> list[
         max_logprobs=-1,
     )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False)
-    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling)
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     return [
         [[row[token].logprob for token in range(len(row))] for row in output.prompt_logprobs[1:]]
         for output in outputs

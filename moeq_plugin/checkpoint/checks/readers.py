@@ -17,10 +17,10 @@ from moeq_plugin.checkpoint.schemes import GPTQ_FORMS, KERNEL_BITS, Scheme, desc
 from moeq_plugin.models.expert_reading import Grid, misread_experts
 from moeq_plugin.models.expert_rules import names_by_config
 
-_ONLY_WITH_US = (
-    "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory); "
-    "servers take GPT-OSS as it was published, in MXFP4"
-)
+_ONLY_WITH_US = "read it with moeq_plugin.integrations.llm_compressor.load_dequantized(directory)"
+_WITHOUT_US = {"gpt_oss": "; servers take GPT-OSS as it was published, in MXFP4"}
+# vLLM has one loader for both
+_EXPERTS_IN_ONE_TENSOR = ("gpt_oss", "openai_privacy_filter")
 _RWKV = ("rwkv", "rwkv5", "rwkv6", "rwkv7")
 _WITH_OUR_RWKV = "import moeq_plugin.rwkv, and load it with transformers"
 _PACKED_BITS = range(2, 9)
@@ -36,7 +36,8 @@ def check_transformers(layout: Layout, target: str) -> Iterator[Finding]:
     severe = error if target == "transformers" else warning
     if layout.schemes.dialect != "compressed-tensors" or not any(layout.stored.values()):
         return
-    way_out = _ONLY_WITH_US if layout.architecture.family == "gpt_oss" else ""
+    family = layout.architecture.family
+    way_out = _ONLY_WITH_US + _WITHOUT_US[family] if family in _WITHOUT_US else ""
     for sentence in _misreadings(layout):
         yield severe("transformers-misreads", "routed experts", sentence, way_out)
 
@@ -87,16 +88,17 @@ def check_vllm(layout: Layout, target: str) -> Iterator[Finding]:
     """
     if target != "vllm":
         return
-    if layout.architecture.family in _RWKV:
-        what = f"vLLM 0.32 has no {layout.architecture.family}"
+    family = layout.architecture.family
+    if family in _RWKV:
+        what = f"vLLM 0.32 has no {family}"
         yield warning("vllm-refuses", "config.json", what, _WITH_OUR_RWKV)
-    if layout.architecture.family == "gpt_oss" and layout.present(Role.EXPERT):
+    if family in _EXPERTS_IN_ONE_TENSOR and layout.present(Role.EXPERT):
         yield error(
             "vllm-refuses",
             "routed experts",
-            "GPT-OSS experts are read from one tensor per layer; tensors per expert are skipped, "
-            "silently",
-            _ONLY_WITH_US,
+            f"experts of {family} are read from one tensor per layer; tensors per expert are "
+            "skipped, silently",
+            _ONLY_WITH_US + _WITHOUT_US.get(family, ""),
         )
     refused: dict[str, list[str]] = {}
     rare: dict[str, list[str]] = {}
