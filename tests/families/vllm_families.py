@@ -2,8 +2,8 @@
 
 ``python tests/families/vllm_families.py [FAMILY ...]`` records it in ``recorded_vllm.json``.
 ``tiny_vllm.json`` says of each family that is tried how its tiny model of ``tiny/`` is changed for
-vLLM: ``text`` are sizes that its kernels for CPUs take, ``config`` fields that published
-``config.json`` have, that vLLM reads and that transformers' class of the family does not know.
+vLLM: ``text`` are sizes that its kernels for CPUs take, ``config`` fields of ``config.json`` that
+vLLM reads and transformers' class of the family does not know.
 ``strict`` is false where vLLM's own count of loaded parameters knows names that nothing uses;
 ``differs`` says why vLLM computes something else than transformers with any weights, and ``dtype``
 what a kernel demands.
