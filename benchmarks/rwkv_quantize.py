@@ -1,22 +1,26 @@
 """What quantizing an RWKV-7 of 1.5 billion parameters takes: time of a weight, memory of a file.
 
-    python benchmarks/rwkv_quantize.py time memory
+    python benchmarks/rwkv_quantize.py codebooks fast balanced memory
 
 Writes ``benchmarks/results/rwkv_quantize.json``. Weights are random and have the shapes of the
-published model, so that times and bytes are those of the real one and the text is not. ``time``
-solves one matrix of each shape on one thread, three seeds, by CPU time. ``memory`` runs ``moeq
-quantize`` on an official file of all layers, of which two are put into codebooks, in
-a process of its own whose memory is looked at ten times a second.
+published model, so that times and bytes are those of the real one and the text is not.
+``codebooks``, and int4 in groups of 64 by the presets ``fast`` and ``balanced``, solve one matrix
+of each shape on one thread, three seeds, by CPU time. ``memory`` runs ``moeq quantize`` on an
+official file of all layers, of which two are put into codebooks, in a process of its own whose
+memory is looked at ten times a second.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,12 +29,20 @@ import torch
 
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.codebook_solver import solve_codebook
+from moeq_plugin.core.grid import Grid, choose_grid
+from moeq_plugin.core.refined_gptq import solve_refined
+from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
 from moeq_plugin.rwkv import RWKV7Config, RWKV7ForCausalLM, to_official
 
 RESULT = Path(__file__).with_name("results") / "rwkv_quantize.json"
 WIDTH, WIDE, LAYERS, VOCABULARY = 2048, 8192, 24, 65536
 SHAPES = {(WIDTH, WIDTH): 4, (WIDE, WIDTH): 1, (WIDTH, WIDE): 1}  # how many of them a layer has
 FORM = CodebookFormat(6, 2, 64, 32)
+GRID = Grid(num_bits=4, group_size=64)
+PRESETS = {
+    "fast": SolverOptions(),
+    "balanced": SolverOptions(ScaleSearch.MODERATE, signed=True, rounds=2, prior_tokens=0.5),
+}
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
 FILES = ((LAYERS, 2),)
@@ -50,14 +62,28 @@ def problem(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return weight, 2 * inputs.T @ inputs
 
 
-def time_shape(rows: int, columns: int) -> dict[str, Any]:
-    seconds = []
-    for seed in SEEDS:
-        weight, hessian = problem(rows, columns, seed)
-        began = time.process_time()
-        solve_codebook(weight, hessian, FORM)
-        seconds.append(time.process_time() - began)
-    return {"rows": rows, "columns": columns, "seconds": seconds}
+def into_codebooks(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    solve_codebook(weight, hessian, FORM)
+
+
+def into_int4(weight: torch.Tensor, hessian: torch.Tensor, *, options: SolverOptions) -> None:
+    scale, zero_point = choose_grid(weight[None], GRID)
+    solve_refined(weight[None], [hessian], scale, zero_point, GRID, options)
+
+
+def time_shapes(solve: Callable[[torch.Tensor, torch.Tensor], None]) -> dict[str, Any]:
+    """Solve every shape, and say what all matrices of the model would take."""
+    found, minutes = [], 0.0
+    for (rows, columns), in_layer in SHAPES.items():
+        seconds = []
+        for seed in SEEDS:
+            weight, hessian = problem(rows, columns, seed)
+            began = time.process_time()
+            solve(weight, hessian)
+            seconds.append(time.process_time() - began)
+        found.append({"rows": rows, "columns": columns, "seconds": seconds})
+        minutes += LAYERS * in_layer * statistics.median(seconds) / 60
+    return {"shapes": found, "minutes_of_model": minutes}
 
 
 @dataclass
@@ -136,9 +162,11 @@ def main() -> None:
     torch.set_num_threads(1)
     content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     content |= {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    if "time" in sys.argv:
-        content["time"] = [time_shape(rows, columns) for rows, columns in SHAPES]
-        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    solvers = {name: partial(into_int4, options=options) for name, options in PRESETS.items()}
+    for name, solve in {"codebooks": into_codebooks, **solvers}.items():
+        if name in sys.argv:
+            content[name] = time_shapes(solve)
+            RESULT.write_text(json.dumps(content, indent=1) + "\n")
     if "memory" in sys.argv:
         nothing = "import moeq_plugin.integrations.llm_compressor, time; time.sleep(1)"
         content["imports"] = watched([sys.executable, "-c", nothing]).own
