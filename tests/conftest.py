@@ -6,7 +6,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command has it, for what tests start
 
+import threading  # noqa: E402
+
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 # tiny matrices: a second thread only waits, and on a busy machine it waits for long
 torch.set_num_threads(1)
+
+# The lock of progress bars is one of all processes, and tests kill children that may hold it: the
+# next bar here would wait for ever. A lock of this process, and of each child, cannot be left held.
+tqdm.set_lock(threading.RLock())
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
