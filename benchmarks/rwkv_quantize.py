@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
+from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.codebook_solver import solve_codebook
 from moeq_plugin.core.grid import Grid, choose_grid
 from moeq_plugin.core.refined_gptq import solve_refined
-from moeq_plugin.core.solver_options import ScaleSearch, SolverOptions
+from moeq_plugin.core.solver_options import SolverOptions
 from moeq_plugin.rwkv import RWKV7Config, RWKV7ForCausalLM, to_official
 
 RESULT = Path(__file__).with_name("results") / "rwkv_quantize.json"
@@ -39,10 +40,7 @@ WIDTH, WIDE, LAYERS, VOCABULARY = 2048, 8192, 24, 65536
 SHAPES = {(WIDTH, WIDTH): 4, (WIDE, WIDTH): 1, (WIDTH, WIDE): 1}  # how many of them a layer has
 FORM = CodebookFormat(6, 2, 64, 32)
 GRID = Grid(num_bits=4, group_size=64)
-PRESETS = {
-    "fast": SolverOptions(),
-    "balanced": SolverOptions(ScaleSearch.MODERATE, signed=True, rounds=2, prior_tokens=0.5),
-}
+PRESETS = ("fast", "balanced")
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
 FILES = ((LAYERS, 2),)
@@ -162,7 +160,8 @@ def main() -> None:
     torch.set_num_threads(1)
     content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     content |= {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    solvers = {name: partial(into_int4, options=options) for name, options in PRESETS.items()}
+    presets = {name: MoEQuantModifier(preset=name).solver_options() for name in PRESETS}
+    solvers = {name: partial(into_int4, options=options) for name, options in presets.items()}
     for name, solve in {"codebooks": into_codebooks, **solvers}.items():
         if name in sys.argv:
             content[name] = time_shapes(solve)

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from typing import Any
 
 from command_line import write_tiny
 from helpers import int4
-from tqdm import tqdm
 
 KILLS = int(os.environ.get("MOEQ_CHAOS_KILLS", "2"))  # per mode; 40 in all before a release
 LAYERS = 3
@@ -94,7 +92,6 @@ def start(mode: str, place: Place, prepare: Callable[[], object] = lambda: None)
         return child
     code = 70  # a traceback
     try:
-        tqdm.set_lock(threading.RLock())  # the default is shared: a killed one keeps it
         said = os.open(str(place.out) + ".said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(said, stream)

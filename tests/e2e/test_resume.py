@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import stat
-import threading
 import time
 
 import pytest
@@ -17,7 +16,6 @@ from helpers import NoProcessor, dataset, int4, tiny_model, tokens
 pytest.importorskip("llmcompressor")
 
 from llmcompressor import oneshot
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import MoEQuantModifier
@@ -57,7 +55,6 @@ def in_a_child(*arguments, **settings):
     child = os.fork()
     if child:
         return child
-    tqdm.set_lock(threading.RLock())  # the default is shared by processes: a killed one keeps it
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -43,6 +43,7 @@ _OWN = (
 _SETTINGS = (
     "affinity_power", "min_effective_tokens", "shrinkage", "weight_gate_proj", "seed", "ebss",
 )  # fmt: skip
+_DAMPING = MoEQuantModifier.model_fields["dampening_frac"].default
 _SERIALIZED = (
     "bits", "group_size", "damp_percent", "desc_act", "act_group_aware", "sym",
     "modules_in_block_to_quantize", "format",
@@ -85,7 +86,7 @@ class MoEGPTQQuantizer:
         bits: int,
         dataset: Calibration = None,
         group_size: int = 128,
-        damp_percent: float = 0.01,
+        damp_percent: float = _DAMPING,
         desc_act: bool = False,
         act_group_aware: bool = True,
         sym: bool = True,
