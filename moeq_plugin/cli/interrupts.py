@@ -14,7 +14,8 @@ def interrupts_kept() -> Iterator[Callable[[], None]]:
     """Note every Ctrl-C inside; yield what raises it again if nobody has ended for it.
 
     Ctrl-C raises ``KeyboardInterrupt`` as always. Some libraries catch everything while they are
-    imported, and the run would go on as if nothing had been typed.
+    imported, and the run would go on as if nothing had been typed; or they raise an error of their
+    own instead, which would look like a fault of the request.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_default or threading.current_thread() is not threading.main_thread():
@@ -34,5 +35,8 @@ def interrupts_kept() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, note)
     try:
         yield check
+    except Exception:
+        check()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)

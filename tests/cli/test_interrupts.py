@@ -37,3 +37,16 @@ def test_an_interrupt_ends_what_runs_at_once():
     with pytest.raises(KeyboardInterrupt), interrupts_kept():
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("goes on")
+
+
+def test_an_error_that_a_library_makes_of_an_interrupt_is_none_of_the_request():
+    with pytest.raises(KeyboardInterrupt), interrupts_kept():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("no backend can be imported") from None
+
+
+def test_an_error_that_nobody_interrupted_stays_what_it_is():
+    with pytest.raises(ImportError, match="no backend"), interrupts_kept():
+        raise ImportError("no backend can be imported")
