@@ -2,7 +2,10 @@
 
 import torch
 
+from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.grid import Grid, choose_grid, dequantize, quantize
+from moeq_plugin.core.rounded import Rounded
+from moeq_plugin.core.scale_refit import refit_scales
 
 GRIDS = [Grid(4, 4), Grid(2), Grid(3, 8, symmetric=False)]
 GRID_NAMES = ["g4", "channel", "asymmetric"]
@@ -23,6 +26,34 @@ def nearest(weight, grid):
     """Return scale, zero point and codes of rounding to nearest."""
     scale, zero_point = choose_grid(weight, grid)
     return scale, zero_point, quantize(weight, scale, zero_point, grid)
+
+
+def refit(weight, codes, scale, zero_point, hessian, grid):
+    """Return refitted scales."""
+    rounded = Rounded.of(weight, codes, scale, zero_point, hessian, grid)
+    found = refit_scales(weight, rounded, hessian, grid)
+    check_pull(weight, found, hessian, grid)
+    assert torch.equal(found.codes, codes)
+    return found.scale
+
+
+def descend(weight, codes, scale, zero_point, hessian, order, grid, **settings):
+    """Return codes after a descent."""
+    rounded = Rounded.of(weight, codes, scale, zero_point, hessian, grid)
+    found = descend_codes(rounded, hessian, order, grid, **settings)
+    check_pull(weight, found, hessian, grid)
+    assert torch.equal(found.scale, scale)
+    return found.codes
+
+
+def check_pull(weight, rounded, hessian, grid):
+    """Check what is handed on from step to step against float64."""
+    change = weight.double() - rounded.points(grid).double()
+    pull = change @ hessian.double()
+    assert ((rounded.pull - pull).abs() <= 1e-5 * pull.abs().max()).all()
+    torch.testing.assert_close(
+        rounded.losses(weight, grid).double(), (change * pull).sum(2) / 2, rtol=1e-4, atol=0
+    )
 
 
 def loss(weight, codes, scale, zero_point, hessian, grid):

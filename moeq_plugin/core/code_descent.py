@@ -7,58 +7,55 @@ row is a parabola in each of its weights, whose least point on the grid is the p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
-from moeq_plugin.core.grid import Grid, dequantize, nearest_code, point_of_code
+from moeq_plugin.core.grid import Grid, nearest_code, point_of_code
+from moeq_plugin.core.rounded import Rounded
 
 
 def descend_codes(
-    weight: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    rounded: Rounded,
     hessian: torch.Tensor,
     order: torch.Tensor,
     grid: Grid,
     *,
-    block_size: int = 64,
-) -> torch.Tensor:
-    """Return codes after every column has been put where it loses least, once, in turn.
+    block_size: int = 128,
+) -> Rounded:
+    """Put every column where it loses least, once, in turn.
 
     Args:
-        weight: ``[experts, out, in]``.
-        codes: ``[experts, out, in]`` to start from.
-        scale: ``[experts, out, groups]``, fixed.
-        zero_point: ``[experts, out, groups]``, fixed.
+        rounded: what to improve, for that Hessian.
         hessian: ``[experts, in, in]`` float with a positive diagonal.
         order: ``[experts, in]``, columns in turn, from the end as the solver takes them.
         grid: the grid's description.
         block_size: columns whose updates are applied to the rest at once; speed only.
 
     Returns:
-        ``[experts, out, in]`` int8.
+        Other codes on the same grid.
     """
-    points = dequantize(codes, scale, zero_point, grid).to(hessian.dtype)
-    pull = ((weight.to(hessian.dtype) - points) @ hessian).transpose(1, 2).contiguous()
-    codes = codes.to(hessian.dtype).transpose(1, 2).contiguous()  # [experts, in, out]
-    scale, zero_point = (q.transpose(1, 2).contiguous() for q in (scale, zero_point))
-    of_column = grid.group_of_column(len(order[0])).to(order.device)
+    codes = _in_turn(rounded.codes, order).to(hessian.dtype)
+    pull = _in_turn(rounded.pull, order)
+    group = grid.group_of_column(order.shape[1]).to(order.device)[order]
     for end in range(order.shape[1], 0, -block_size):
-        columns = order[:, max(0, end - block_size) : end]
-        of_block = hessian.gather(2, _as_columns(columns, hessian))
-        in_turn = codes.gather(1, _as_rows(columns, codes))
-        of_groups = _as_rows(of_column[columns], scale)
+        block = slice(max(0, end - block_size), end)
+        of_block = torch.stack(
+            [h.index_select(0, o[block]).index_select(1, o) for h, o in _pairs(hessian, order)]
+        )
         moved = _descend_block(
-            in_turn,
-            pull.gather(1, _as_rows(columns, pull)),
-            scale.gather(1, of_groups),
-            zero_point.gather(1, of_groups),
-            of_block.gather(1, _as_rows(columns, of_block)),
+            codes[:, block],
+            pull[:, block].clone(),
+            _in_turn(rounded.scale, group[:, block]),
+            _in_turn(rounded.zero_point, group[:, block]),
+            of_block[:, :, block],
             grid,
         )
-        codes.scatter_(1, _as_rows(columns, codes), in_turn)
-        pull.baddbmm_(of_block, moved, alpha=-1)
-    return codes.transpose(1, 2).to(torch.int8)
+        pull.baddbmm_(of_block.transpose(1, 2), moved, alpha=-1)
+    place = order.argsort(dim=1)
+    codes = codes.to(torch.int8)
+    return replace(rounded, codes=_in_place(codes, place), pull=_in_place(pull, place))
 
 
 def _descend_block(
@@ -98,11 +95,16 @@ def _descend_block(
     return moved
 
 
-def _as_rows(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return ``[experts, n]`` as the index that gathers those rows of ``[experts, rows, .]``."""
-    return index[..., None].expand(-1, -1, like.shape[2])
+def _in_turn(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return ``[experts, out, columns]`` as ``[experts, n, out]``, those of ``[experts, n]``."""
+    return torch.stack([part.index_select(1, o).T for part, o in _pairs(columns, order)])
 
 
-def _as_columns(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return ``[experts, n]`` as the index that gathers those columns of ``[experts, ., n]``."""
-    return index[:, None].expand(-1, like.shape[1], -1)
+def _in_place(in_turn: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Return ``[experts, n, out]`` as ``[experts, out, n]``, the inverse of :func:`_in_turn`."""
+    return torch.stack([part.index_select(0, p).T for part, p in _pairs(in_turn, place)])
+
+
+def _pairs(stack: torch.Tensor, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield experts one by one: selecting whole columns is faster than gathering elements."""
+    return zip(stack, index, strict=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _DAMPING_ATTEMPTS = 4  # each ten times the one before
+_SMALL_TRIANGLE = 1024  # columns, which are inverted at once
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,28 @@ def inverse_factor(
         for e in info.nonzero().flatten().tolist():
             L[e], info[e] = torch.linalg.cholesky_ex(damped(e, attempt))
     is_nearest = info != 0
-    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
-    L[is_nearest] = identity
-    return torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), is_nearest
+    L[is_nearest] = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
+    return _inverse(L), is_nearest
+
+
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of each lower triangle of ``[experts, n, n]``.
+
+    By halves, which are triangles again: a solver that is given the identity works on its zeros.
+    """
+    num_columns = lower.shape[1]
+    if num_columns <= _SMALL_TRIANGLE:
+        identity = torch.eye(num_columns, dtype=lower.dtype, device=lower.device)
+        whole: torch.Tensor = torch.linalg.solve_triangular(
+            lower, identity.expand_as(lower), upper=False
+        )
+        return whole
+    half = num_columns // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:, :half, :half] = first = _inverse(lower[:, :half, :half])
+    inverse[:, half:, half:] = second = _inverse(lower[:, half:, half:])
+    inverse[:, half:, :half] = (second @ (lower[:, half:, :half] @ first)).neg_()
+    return inverse
 
 
 def revive_dead_columns(hessian: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,7 @@ def choose_grid(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
         >>> scale, zero_point
         (tensor([[2.]]), tensor([[0]], dtype=torch.int8))
     """
-    num_groups = int(grid.group_of_column(weight.shape[-1])[-1]) + 1
-    groups = weight.unflatten(-1, (num_groups, -1))  # [..., out, groups, columns of a group]
+    groups = _in_groups(weight, grid)
     return grid_of_range(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
 
 
@@ -118,8 +117,9 @@ def quantize(
         zero_point: ``[..., out, groups]``.
         grid: the grid's description.
     """
-    group = grid.group_of_column(weight.shape[-1]).to(weight.device)
-    return nearest_code(weight, scale[..., group], zero_point[..., group], grid).to(torch.int8)
+    groups = _in_groups(weight, grid)
+    codes = nearest_code(groups, scale[..., None], zero_point[..., None], grid)
+    return codes.to(torch.int8).flatten(-2)
 
 
 def dequantize(
@@ -129,14 +129,21 @@ def dequantize(
 
     The inverse of :func:`quantize` on every point of the grid.
     """
-    group = grid.group_of_column(codes.shape[-1]).to(codes.device)
-    return point_of_code(codes, scale[..., group], zero_point[..., group])
+    groups = _in_groups(codes, grid)
+    return point_of_code(groups, scale[..., None], zero_point[..., None]).flatten(-2)
+
+
+def _in_groups(columns: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return ``[..., out, in]`` as ``[..., out, groups, columns of a group]``."""
+    num_groups = int(grid.group_of_column(columns.shape[-1])[-1]) + 1
+    groups: torch.Tensor = columns.unflatten(-1, (num_groups, -1))
+    return groups
 
 
 def nearest_code(
     weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Round with one scale and zero point per element; codes come back as float32.
+    """Round, with scale and zero point that broadcast; codes come back as float32.
 
     In float32 because a bfloat16 quotient cannot tell 8-bit codes apart.
     """

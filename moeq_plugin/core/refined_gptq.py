@@ -18,10 +18,11 @@ import torch
 from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.factorization import Factorization, factorize
 from moeq_plugin.core.gptq import Solution, check_shapes, round_columns
-from moeq_plugin.core.grid import Grid, dequantize, quantize
+from moeq_plugin.core.grid import Grid, quantize
+from moeq_plugin.core.rounded import Rounded
 from moeq_plugin.core.row_descent import descend_rows
 from moeq_plugin.core.row_feedback import factorize_rows, round_rows
-from moeq_plugin.core.scale_refit import refit_scales, row_losses
+from moeq_plugin.core.scale_refit import refit_scales
 from moeq_plugin.core.scale_search import (
     MODERATE,
     NARROW,
@@ -99,11 +100,14 @@ def solve_refined(
     hessian, order = factorization.damped(hessians), factorization.order
     del factorization  # as large as the Hessians
     codes = quantize(solution.weight, scale, zero_point, grid)
+    is_nearest = solution.is_nearest
+    del solution
+    rounded = Rounded.of(weight, codes, scale, zero_point, hessian, grid)
     for _ in range(options.rounds):
-        scale = refit_scales(weight, codes, scale, zero_point, hessian, grid)
-        codes = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
-    scale = refit_scales(weight, codes, scale, zero_point, hessian, grid)
-    return _refined(weight, codes, scale, zero_point, hessian, grid, solution.is_nearest)
+        rounded = refit_scales(weight, rounded, hessian, grid)
+        rounded = descend_codes(rounded, hessian, order, grid)
+    rounded = refit_scales(weight, rounded, hessian, grid)
+    return _refined(weight, rounded, grid, is_nearest)
 
 
 def _solve_rows(
@@ -118,31 +122,25 @@ def _solve_rows(
 ) -> Refined:
     """Round, refit and descend so that ``trace(G @ D @ H @ D.T)`` stays small."""
     rows = factorize_rows(output_moments)
-    rounded = round_rows(
+    points = round_rows(
         weight, columns, rows, scale, zero_point, grid, block_size=options.block_size
     )
     hessian, outputs = columns.damped(hessians), rows.damped(output_moments)
-    codes = quantize(rounded, scale, zero_point, grid)
+    codes = quantize(points, scale, zero_point, grid)
     for _ in range(options.rounds):
         codes, scale = descend_rows(
             weight, codes, scale, zero_point, hessian, outputs, columns.order, grid
         )
-    return _refined(weight, codes, scale, zero_point, hessian, grid, columns.is_nearest)
+    rounded = Rounded.of(weight, codes, scale, zero_point, hessian, grid)
+    return _refined(weight, rounded, grid, columns.is_nearest)
 
 
 def _refined(
-    weight: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    hessian: torch.Tensor,
-    grid: Grid,
-    is_nearest: torch.Tensor,
+    weight: torch.Tensor, rounded: Rounded, grid: Grid, is_nearest: torch.Tensor
 ) -> Refined:
     """Return what codes and scales amount to, with the loss of each row."""
-    rounded = dequantize(codes, scale, zero_point, grid)
-    loss = row_losses(weight.float() - rounded.float(), hessian)
-    return Refined(Solution(rounded, loss, is_nearest), scale, zero_point)
+    solution = Solution(rounded.points(grid), rounded.losses(weight, grid), is_nearest)
+    return Refined(solution, rounded.scale, rounded.zero_point)
 
 
 def _search(

@@ -10,6 +10,7 @@ import torch
 
 from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.grid import Grid, dequantize
+from moeq_plugin.core.rounded import Rounded
 from moeq_plugin.core.row_feedback import ROW_BLOCK
 from moeq_plugin.core.scale_refit import refit_scales
 
@@ -56,14 +57,16 @@ def descend_rows(
         pull = of_rows @ change
         own = of_rows[:, :, rows]
         target = points[:, rows] + pull / own.diagonal(dim1=1, dim2=2)[..., None]
-        zeros = zero_point[:, rows]
-        new_scale = refit_scales(target, codes[:, rows], scale[:, rows], zeros, hessian, grid)
-        new_codes = descend_codes(target, codes[:, rows], new_scale, zeros, hessian, order, grid)
-        moved = dequantize(new_codes, new_scale, zeros, grid).to(hessian.dtype) - points[:, rows]
-        falls = ((own @ moved - 2 * pull) * (moved @ hessian)).sum((1, 2)) < 0
+        before = Rounded.of(
+            target, codes[:, rows], scale[:, rows], zero_point[:, rows], hessian, grid
+        )
+        after = descend_codes(refit_scales(target, before, hessian, grid), hessian, order, grid)
+        moved = after.points(grid).to(hessian.dtype) - points[:, rows]
+        moved_by_hessian = before.pull - after.pull
+        falls = ((own @ moved - 2 * pull) * moved_by_hessian).sum((1, 2)) < 0
         moved *= falls[:, None, None]
         change[:, rows] -= moved
         points[:, rows] += moved
-        codes[:, rows] = torch.where(falls[:, None, None], new_codes, codes[:, rows])
-        scale[:, rows] = torch.where(falls[:, None, None], new_scale, scale[:, rows])
+        codes[:, rows] = torch.where(falls[:, None, None], after.codes, codes[:, rows])
+        scale[:, rows] = torch.where(falls[:, None, None], after.scale, scale[:, rows])
     return codes, scale

@@ -7,19 +7,20 @@ together, which knows what groups do to each other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from moeq_plugin.core.grid import Grid, dequantize
+from moeq_plugin.core.grid import Grid
+from moeq_plugin.core.parts import parts
+from moeq_plugin.core.rounded import Rounded
+
+_IN_CACHE = 2**20
 
 
 def refit_scales(
-    weight: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    hessian: torch.Tensor,
-    grid: Grid,
-) -> torch.Tensor:
+    weight: torch.Tensor, rounded: Rounded, hessian: torch.Tensor, grid: Grid
+) -> Rounded:
     """Return the scales that lose least with these codes, where that beats those given.
 
     A row keeps its scales unless its loss falls with the new ones as they are stored, rounded to
@@ -27,83 +28,76 @@ def refit_scales(
 
     Args:
         weight: ``[experts, out, in]``.
-        codes: ``[experts, out, in]``, fixed.
-        scale: ``[experts, out, groups]``, not 0.
-        zero_point: ``[experts, out, groups]``, fixed.
+        rounded: what to improve, for that weight and that Hessian.
         hessian: ``[experts, in, in]`` float, positive definite.
         grid: the grid's description.
 
     Returns:
-        ``[experts, out, groups]`` in the dtype of ``scale``.
+        The same codes and zero points with other scales, in the same dtype.
 
     Example:
         >>> weight, codes = torch.tensor([[[0.9, -2.1]]]), torch.tensor([[[1, -2]]])
-        >>> ones, zeros = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
-        >>> refit_scales(weight, codes, ones, zeros, torch.eye(2)[None], Grid(3))
+        >>> ones, zeros, hessian = torch.ones(1, 1, 1), torch.zeros(1, 1, 1), torch.eye(2)[None]
+        >>> rounded = Rounded.of(weight, codes, ones, zeros, hessian, Grid(3))
+        >>> refit_scales(weight, rounded, hessian, Grid(3)).scale
         tensor([[[1.0200]]])
     """
-    num_groups = scale.shape[2]
-    # the systems of all rows at once would take more than the weights where groups are many
-    rows = max(1, codes.shape[1] * codes.shape[2] // num_groups**2)
-    parts = [
-        _refit_rows(
-            weight[:, part], codes[:, part], scale[:, part], zero_point[:, part], hessian, grid
+    scale = torch.empty_like(rounded.scale)
+    for experts, rows in parts(weight, _IN_CACHE):
+        scale[experts, rows] = _least_squares(
+            rounded.codes[experts, rows],
+            rounded.scale[experts, rows],
+            rounded.zero_point[experts, rows],
+            rounded.pull[experts, rows],
+            hessian[experts],
         )
-        for part in (slice(start, start + rows) for start in range(0, codes.shape[1], rows))
-    ]
-    return torch.cat(parts, 1)
+    refitted = Rounded.of(weight, rounded.codes, scale, rounded.zero_point, hessian, grid)
+    falls = (refitted.losses(weight, grid) < rounded.losses(weight, grid))[..., None]
+    return replace(
+        rounded,
+        scale=torch.where(falls, scale, rounded.scale),
+        pull=torch.where(falls, refitted.pull, rounded.pull),
+    )
 
 
-def row_losses(change: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Return ``[experts, out]``, ``d @ H @ d / 2`` of each row ``d`` of ``[experts, out, in]``."""
-    return ((change @ hessian) * change).sum(2) / 2
-
-
-def _refit_rows(
-    weight: torch.Tensor,
+def _least_squares(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
+    pull: torch.Tensor,
     hessian: torch.Tensor,
-    grid: Grid,
 ) -> torch.Tensor:
-    weight = weight.to(hessian.dtype)
-    change = weight - dequantize(codes, scale, zero_point, grid).to(hessian.dtype)
-    pull = change @ hessian
-    of_column = grid.group_of_column(codes.shape[2]).to(codes.device)
-    steps = (codes.to(hessian.dtype) - zero_point[..., of_column]).to(hessian.dtype)
-    system, gradient = _normal_equations(steps, pull, hessian, scale.shape[2])
+    """Return the best scales, and those given where they cannot be told or turn the grid around."""
+    in_groups = codes.unflatten(2, (scale.shape[2], -1)).to(hessian.dtype)
+    in_groups = in_groups - zero_point[..., None]
+    system = _normal_equations(in_groups, hessian)
     factor, info = torch.linalg.cholesky_ex(system)
+    gradient = (pull.view_as(in_groups) * in_groups).sum(3)
     shift = torch.cholesky_solve(gradient[..., None], factor)[..., 0]
-    refitted = (scale.to(hessian.dtype) + shift).to(scale.dtype)
-    is_usable = refitted.isfinite() & (refitted * scale.sign() > 0) & (info == 0)[..., None]
-    refitted = torch.where(is_usable, refitted, scale)
-    after = weight - dequantize(codes, refitted, zero_point, grid).to(hessian.dtype)
-    falls = row_losses(after, hessian) < (pull * change).sum(2) / 2
-    return torch.where(falls[..., None], refitted, scale)
+    found = (scale.to(hessian.dtype) + shift).to(scale.dtype)
+    is_usable = found.isfinite() & (found * scale.sign() > 0) & (info == 0)[..., None]
+    return torch.where(is_usable, found, scale)
 
 
-def _normal_equations(
-    steps: torch.Tensor, pull: torch.Tensor, hessian: torch.Tensor, num_groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``A`` and ``b`` of ``A @ shift = b``.
+def _normal_equations(in_groups: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Return what the scales of a row do to each other's loss.
 
     Args:
-        steps: ``[experts, out, in]``, what a scale is multiplied with.
-        pull: ``[experts, out, in]``, ``d @ H``.
+        in_groups: ``[experts, out, groups, columns of a group]``, what a scale is multiplied with.
         hessian: ``[experts, in, in]``.
-        num_groups: scales per row.
 
     Returns:
-        ``[experts, out, groups, groups]``, positive definite, and ``[experts, out, groups]``.
+        ``[experts, out, groups, groups]``, the lower triangle of positive definite matrices.
     """
-    in_groups = steps.unflatten(2, (num_groups, -1))
-    columns = []
-    for k, of_group in enumerate(hessian.unflatten(1, (num_groups, -1)).unbind(1)):
-        product = in_groups[:, :, k] @ of_group  # [experts, out, in]
-        columns.append((product.unflatten(2, (num_groups, -1)) * in_groups).sum(3))
-    system = torch.stack(columns, 3)
+    num_groups, group_size = in_groups.shape[2:]
+    steps = in_groups.flatten(2)
+    system = steps.new_zeros(*in_groups.shape[:3], num_groups)
+    for k in range(num_groups):
+        end = (k + 1) * group_size
+        product = in_groups[:, :, k] @ hessian[:, end - group_size : end, :end]
+        product = product.mul_(steps[:, :, :end]).unflatten(2, (k + 1, group_size))
+        torch.sum(product, 3, out=system[:, :, k, : k + 1])
     # a group whose codes all mean 0 has no say; its scale stays
     diagonal = system.diagonal(dim1=2, dim2=3)
     diagonal[diagonal == 0] = 1
-    return system, (pull.unflatten(2, (num_groups, -1)) * in_groups).sum(3)
+    return system

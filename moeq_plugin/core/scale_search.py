@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from moeq_plugin.core.grid import Grid, grid_of_range, nearest_code, point_of_code
+from moeq_plugin.core.parts import row_parts
 
 Cost = Callable[[torch.Tensor], torch.Tensor]
 """From errors ``[experts, out, groups, columns of a group]`` to ``[experts, out, groups]``."""
@@ -34,6 +35,7 @@ NARROW = tuple(1 - step / 100 for step in range(20))
 MODERATE = tuple(1 - step / 60 for step in range(25))
 """At most 40 % off the range."""
 
+_IN_CACHE = 2**17  # a candidate takes a dozen passes over the weights
 _WIDEST, _STEPS = 1.1, 32
 _NARROWEST = {2: 0.25, 3: 0.4, 4: 0.55}  # of the range, by bits
 
@@ -80,6 +82,16 @@ def search_scales(
         raise ValueError(f"shares must be positive, got {tuple(shares)}")
     if signed and not grid.symmetric:
         raise ValueError("an asymmetric grid has no use for the sign of its scale")
+    found = [
+        _search_rows(weight[:, rows], grid, shares, cost, signed)
+        for rows in row_parts(weight, _IN_CACHE)
+    ]
+    return torch.cat([scale for scale, _ in found], 1), torch.cat([zero for _, zero in found], 1)
+
+
+def _search_rows(
+    weight: torch.Tensor, grid: Grid, shares: Sequence[float], cost: Cost, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_groups = int(grid.group_of_column(weight.shape[-1])[-1]) + 1
     groups = weight.unflatten(-1, (num_groups, -1))  # [experts, out, groups, columns of a group]
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

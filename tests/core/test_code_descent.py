@@ -1,8 +1,7 @@
 import pytest
 import torch
-from solver_problems import GRID_NAMES, GRIDS, loss, nearest, orders, problem
+from solver_problems import GRID_NAMES, GRIDS, descend, loss, nearest, orders, problem
 
-from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.grid import Grid
 
 
@@ -29,9 +28,7 @@ def test_every_column_is_put_where_it_loses_least(grid, block_size):
     scale, zero_point, codes = nearest(weight, grid)
     order = orders(3, 16)
 
-    found = descend_codes(
-        weight, codes, scale, zero_point, hessian, order, grid, block_size=block_size
-    )
+    found = descend(weight, codes, scale, zero_point, hessian, order, grid, block_size=block_size)
 
     expected = brute_force(weight, codes, scale, zero_point, hessian, order, grid)
     assert (expected != codes).any()
@@ -45,7 +42,7 @@ def test_negative_scales_are_descended_like_positive_ones():
     scale[:, ::2] *= -1
     order = orders(3, 16)
 
-    found = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
+    found = descend(weight, codes, scale, zero_point, hessian, order, grid)
 
     assert torch.equal(found, brute_force(weight, codes, scale, zero_point, hessian, order, grid))
 
@@ -59,7 +56,7 @@ def test_no_row_loses_more_and_codes_stay_on_the_grid(seed, dtype):
     before = loss(weight, codes, scale, zero_point, hessian, grid)
 
     for _ in range(3):
-        codes = descend_codes(weight, codes, scale, zero_point, hessian, orders(3, 16), grid)
+        codes = descend(weight, codes, scale, zero_point, hessian, orders(3, 16), grid)
         after = loss(weight, codes, scale, zero_point, hessian, grid)
         assert (after <= before * (1 + 1e-5)).all()
         before = after
@@ -75,7 +72,7 @@ def test_in_the_end_no_single_code_can_be_improved():
     scale, zero_point, codes = nearest(weight, grid)
     order = orders(3, 16)
     for _ in range(50):
-        codes = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
+        codes = descend(weight, codes, scale, zero_point, hessian, order, grid)
 
     least = loss(weight, codes, scale, zero_point, hessian, grid)
 
@@ -93,14 +90,14 @@ def test_experts_do_not_mix_and_may_be_relabelled():
     arguments = (weight, *reversed(nearest(weight, grid)), hessian, orders(3, 16))
     weight, codes, zero_point, scale, hessian, order = arguments
 
-    def descend(experts):
+    def of(experts):
         stack = (weight, codes, scale, zero_point, hessian, order)
-        return descend_codes(*(tensor[experts] for tensor in stack), grid)
+        return descend(*(tensor[experts] for tensor in stack), grid)
 
-    together = descend([0, 1, 2])
+    together = of([0, 1, 2])
 
-    assert torch.equal(descend([1]), together[[1]])
-    assert torch.equal(descend([2, 0, 1]), together[[2, 0, 1]])
+    assert torch.equal(of([1]), together[[1]])
+    assert torch.equal(of([2, 0, 1]), together[[2, 0, 1]])
 
 
 def test_units_change_nothing():
@@ -109,12 +106,12 @@ def test_units_change_nothing():
     scale, zero_point, codes = nearest(weight, grid)
     order = orders(3, 16)
 
-    expected = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
+    expected = descend(weight, codes, scale, zero_point, hessian, order, grid)
 
     # powers of two are exact
-    of_hessian = descend_codes(weight, codes, scale, zero_point, hessian / 1024, order, grid)
-    of_weight = descend_codes(8 * weight, codes, 8 * scale, zero_point, hessian, order, grid)
-    mirrored = descend_codes(-weight, codes, -scale, zero_point, hessian, order, grid)
+    of_hessian = descend(weight, codes, scale, zero_point, hessian / 1024, order, grid)
+    of_weight = descend(8 * weight, codes, 8 * scale, zero_point, hessian, order, grid)
+    mirrored = descend(-weight, codes, -scale, zero_point, hessian, order, grid)
     assert torch.equal(of_hessian, expected)
     assert torch.equal(of_weight, expected)
     assert torch.equal(mirrored, expected)
@@ -126,8 +123,8 @@ def test_columns_may_be_renamed():
     scale, zero_point, codes = nearest(weight, grid)
     order, name = orders(3, 16), torch.randperm(16, generator=torch.Generator().manual_seed(1))
 
-    expected = descend_codes(weight, codes, scale, zero_point, hessian, order, grid)
-    renamed = descend_codes(
+    expected = descend(weight, codes, scale, zero_point, hessian, order, grid)
+    renamed = descend(
         weight[..., name],
         codes[..., name],
         scale,

@@ -1,11 +1,19 @@
 import pytest
 import torch
-from solver_problems import GRID_NAMES, GRIDS, nearest, orders, output_moments, problem, whole_loss
+from solver_problems import (
+    GRID_NAMES,
+    GRIDS,
+    descend,
+    nearest,
+    orders,
+    output_moments,
+    problem,
+    refit,
+    whole_loss,
+)
 
-from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.grid import Grid, dequantize
 from moeq_plugin.core.row_descent import descend_rows
-from moeq_plugin.core.scale_refit import refit_scales
 
 
 def brute_force(weight, codes, scale, zero_point, hessian, outputs, order, grid):
@@ -104,8 +112,8 @@ def test_outputs_that_do_not_hang_together_are_refitted_and_descended_apart():
         weight, codes, scale, zero_point, hessian, apart, order, grid, row_block=16
     )
 
-    refitted = refit_scales(weight, codes, scale, zero_point, hessian, grid)
-    descended = descend_codes(weight, codes, refitted, zero_point, hessian, order, grid)
+    refitted = refit(weight, codes, scale, zero_point, hessian, grid)
+    descended = descend(weight, codes, refitted, zero_point, hessian, order, grid)
     assert torch.equal(found[0], descended)
     torch.testing.assert_close(found[1], refitted)
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from solver_problems import GRID_NAMES, GRIDS, loss, nearest, problem
+from solver_problems import GRID_NAMES, GRIDS, loss, nearest, problem, refit
 
+from moeq_plugin.core import scale_refit
 from moeq_plugin.core.grid import Grid
-from moeq_plugin.core.scale_refit import refit_scales, row_losses
 
 
 def least_squares(weight, codes, zero_point, hessian, grid):
@@ -26,7 +26,7 @@ def test_scales_are_those_of_least_squares(grid):
     scale, zero_point, codes = nearest(weight, grid)
     codes[codes == zero_point[..., grid.group_of_column(16)]] = 1  # every group has a say
 
-    found = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    found = refit(weight, codes, scale, zero_point, hessian, grid)
 
     expected = least_squares(weight, codes, zero_point, hessian, grid).float()
     keeps = (expected <= 0).any(2)  # of another sign: that group's scale stays
@@ -40,7 +40,7 @@ def test_no_row_loses_more_with_scales_as_they_are_stored(grid, dtype):
     weight, hessian = problem(rows=64, dtype=dtype)
     scale, zero_point, codes = nearest(weight, grid)
 
-    found = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    found = refit(weight, codes, scale, zero_point, hessian, grid)
 
     assert found.dtype == dtype
     assert (found > 0).all()
@@ -54,11 +54,11 @@ def test_what_cannot_be_improved_stays_bit_for_bit():
     weight, hessian = problem(dtype=torch.bfloat16)
     grid = Grid(4, 4)
     scale, zero_point, codes = nearest(weight, grid)
-    once = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    once = refit(weight, codes, scale, zero_point, hessian, grid)
 
-    twice = refit_scales(weight, codes, once, zero_point, hessian, grid)
+    twice = refit(weight, codes, once, zero_point, hessian, grid)
 
-    settled = refit_scales(weight, codes, twice, zero_point, hessian, grid)
+    settled = refit(weight, codes, twice, zero_point, hessian, grid)
     assert torch.equal(settled, twice)
 
 
@@ -69,7 +69,7 @@ def test_a_row_without_any_code_keeps_its_scales():
     codes[0, 0] = 0
     codes[1, 1, :4] = 0
 
-    found = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    found = refit(weight, codes, scale, zero_point, hessian, grid)
 
     assert torch.equal(found[0, 0], scale[0, 0])
     assert found[1, 1, 0] == scale[1, 1, 0]
@@ -81,26 +81,28 @@ def test_a_scale_keeps_its_sign():
     grid = Grid(2, 4)
     scale, zero_point, codes = nearest(weight, grid)
 
-    found = refit_scales(-weight, codes, -scale, zero_point, hessian, grid)
+    found = refit(-weight, codes, -scale, zero_point, hessian, grid)
 
-    assert torch.equal(found, -refit_scales(weight, codes, scale, zero_point, hessian, grid))
+    assert torch.equal(found, -refit(weight, codes, scale, zero_point, hessian, grid))
     assert (found < 0).all()
-    turned = refit_scales(-weight, codes, scale, zero_point, hessian, grid)
+    turned = refit(-weight, codes, scale, zero_point, hessian, grid)
     assert (turned > 0).all()
 
 
-def test_experts_do_not_mix_and_rows_neither():
+@pytest.mark.parametrize("in_cache", [1, 16 * 5, 16 * 48 * 2, 2**20])
+def test_experts_do_not_mix_and_rows_neither(in_cache, monkeypatch):
+    monkeypatch.setattr(scale_refit, "_IN_CACHE", in_cache)
     weight, hessian = problem(rows=48)
-    grid = Grid(3, 2)  # so many groups that rows are taken in several parts
+    grid = Grid(3, 2)
     scale, zero_point, codes = nearest(weight, grid)
 
-    together = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    together = refit(weight, codes, scale, zero_point, hessian, grid)
 
-    alone = refit_scales(
+    alone = refit(
         weight[1:2, 7:8], codes[1:2, 7:8], scale[1:2, 7:8], zero_point[1:2, 7:8], hessian[1:2], grid
     )
     torch.testing.assert_close(together[1:2, 7:8], alone, rtol=1e-4, atol=1e-5)
-    turned = refit_scales(
+    turned = refit(
         *(tensor.flip(0) for tensor in (weight, codes, scale, zero_point, hessian)), grid
     )
     torch.testing.assert_close(turned, together.flip(0), rtol=1e-4, atol=1e-5)
@@ -111,20 +113,10 @@ def test_units_change_nothing():
     grid = Grid(3, 4)
     scale, zero_point, codes = nearest(weight, grid)
 
-    expected = refit_scales(weight, codes, scale, zero_point, hessian, grid)
+    expected = refit(weight, codes, scale, zero_point, hessian, grid)
 
     # powers of two are exact
-    of_hessian = refit_scales(weight, codes, scale, zero_point, hessian / 1024, grid)
-    of_weight = refit_scales(8 * weight, codes, 8 * scale, zero_point, hessian, grid)
+    of_hessian = refit(weight, codes, scale, zero_point, hessian / 1024, grid)
+    of_weight = refit(8 * weight, codes, 8 * scale, zero_point, hessian, grid)
     assert torch.equal(of_hessian, expected)
     assert torch.equal(of_weight, 8 * expected)
-
-
-def test_row_losses_are_those_of_the_trace():
-    weight, hessian = problem()
-
-    losses = row_losses(weight, hessian)
-
-    for e in range(3):
-        trace = (weight[e] @ hessian[e] @ weight[e].T).trace() / 2
-        torch.testing.assert_close(losses[e].sum(), trace)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from solver_problems import problem
 
+from moeq_plugin.core import scale_search
 from moeq_plugin.core.grid import Grid, choose_grid, grid_of_range, quantize
 from moeq_plugin.core.scale_search import (
     NARROW,
@@ -112,6 +113,18 @@ def test_a_row_of_zeros_has_a_scale():
     scale, _ = search_scales(torch.zeros(1, 1, 4), Grid(3), NARROW, power_cost(2.4))
 
     assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("in_cache", [1, 100])
+def test_rows_may_be_taken_in_parts(in_cache, monkeypatch):
+    weight, hessian = problem()
+    grid, shares = Grid(3, 4), wide(3)
+    for cost, _ in costs(hessian).values():
+        expected = search_scales(weight, grid, shares, cost, signed=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(scale_search, "_IN_CACHE", in_cache)
+            found = search_scales(weight, grid, shares, cost, signed=True)
+        assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def test_experts_do_not_mix():
