@@ -23,11 +23,11 @@ def calibration_sets() -> str:
         lines += ["|---" * (len(heads) + 1) + "|"]
         for name in dict.fromkeys(run["set"] for run in of_model):
             seeds = [run for run in of_model if run["set"] == name]
-            cells = [f"{statistics.mean(run['kl'][kind] for run in seeds):.3f}" for kind in kinds]
+            cells = [f"{statistics.mean(run['kl'][kind] for run in seeds):.4f}" for kind in kinds]
             for value in ("mean", "worst"):
                 values = [run[value] for run in seeds]
-                noise = f" ± {error(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{noise}")
+                noise = f" ± {error(values):.4f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.4f}{noise}")
             cells.append(f"{statistics.mean(run['nll_of_set'] for run in seeds):.2f}")
             lines.append(f"| {name} | " + " | ".join([*cells, str(len(seeds))]) + " |")
         lines.append("")
