@@ -43,7 +43,7 @@ GRID = Grid(num_bits=4, group_size=64)
 PRESETS = ("fast", "balanced")
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
-FILES = ((4, 2), (4, 4), (8, 2), (LAYERS, 2))
+FILES = ((LAYERS, 2), (4, 2), (4, 4))
 IMPORTS = "import moeq_plugin.integrations.llm_compressor, sys, time"
 LOADING = "from moeq_plugin.rwkv import load_pth; model = load_pth(sys.argv[1])"
 READING = "for parameter in model.parameters(): parameter.aminmax()"
@@ -141,7 +141,8 @@ def measure_file(layers: int, in_codebooks: int) -> dict[str, Any]:
         script = (
             f"import rwkv_quantize as r; print(r.write_official({layers}, r.Path({str(source)!r})))"
         )
-        written = subprocess.check_output([sys.executable, "-c", script], cwd=Path(__file__).parent)
+        said = subprocess.check_output([sys.executable, "-c", script], cwd=Path(__file__).parent)
+        parameters = int(said.split()[-1])  # behind what libraries have to say
         texts = (f"Sentence number {n} of a text that is as good as any other. " for n in range(8))
         data.write_text("".join(json.dumps({"text": 8 * text}) + "\n" for text in texts))
         command = [sys.executable, "-c", RUN, "quantize", str(source), f"{directory}/out"]
@@ -158,7 +159,7 @@ def measure_file(layers: int, in_codebooks: int) -> dict[str, Any]:
         return {
             "layers": layers,
             "in_codebooks": in_codebooks,
-            "parameters": int(written),
+            "parameters": parameters,
             "file": source.stat().st_size,
             "result": sum(p.stat().st_size for p in Path(directory, "out").glob("*.safetensors")),
             "loading": loading,
