@@ -87,10 +87,10 @@ class RWKVQuantModifier(BudgetedModifier):
     - on_initialize: check everything that can be checked, score all weights and decide, attach
       schemes, prepare saving
     - on_calibration_start: with a budget measure and choose; hooks that accumulate second moments
-    - on_sequential_epoch_end: solve one layer's weights on grids, encode its others; unless there
-      is a modifier behind, replace those of the layer before by packed ones
+    - on_sequential_epoch_end: solve one layer's weights on grids, encode its others
     - on_calibration_end: round what was never called, remove hooks
-    - on_finalize: replace the other encoded modules by packed ones, which is what will be saved
+    - on_finalize: replace encoded modules by packed ones, which is what will be saved; without a
+      modifier behind, those of a layer have been replaced when the next was done
 
     Arguments beside those of
     :class:`~moeq_plugin.integrations.llm_compressor.moequant.budgeted.BudgetedModifier`, of
@@ -175,8 +175,7 @@ class RWKVQuantModifier(BudgetedModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Keep encoded weights packed, and say what was done and how many bits it takes."""
-        # modifiers behind this one may have had passes of their own since, and looked for modules
-        # that are replaced here
+        # modifiers behind this one may have looked for modules that are replaced here
         result = super().on_finalize(state, **kwargs)
         self._record.bits_per_weight = stored_bits_per_weight(state.model)
         logger.info(
@@ -198,12 +197,10 @@ class RWKVQuantModifier(BudgetedModifier):
         # in the order in which they are called for every layer
         run = Run(*shared, self._record, kept_state)
         encoded = EncodedWeights(self._record, kept_state)
-        is_last = not recipe.neighbours(self)[1]
-        forms, steps = choice.codebooks, self.refine_steps
-        self._phases = (run, CodebookRun(*shared, encoded, forms, steps, is_last=is_last))
+        behind, forms, steps = recipe.neighbours(self)[1], choice.codebooks, self.refine_steps
+        self._phases = (run, CodebookRun(*shared, encoded, forms, steps, is_last=not behind))
         if self.elementwise is not None:
             percentile, weighted = self.elementwise_percentile, self.elementwise_weighted
-            encoded = EncodedWeights(self._record, kept_state)
             elementwise = ElementwiseRun(state, encoded, self.elementwise, percentile, weighted)
             self._phases = (*self._phases, elementwise)
         if self._allocator is not None:

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from helpers import dataset, int4, oneshot
-from tiny_rwkv import tiny_rwkv
+from tiny_rwkv import ALL_IN_CODEBOOKS, tiny_rwkv
 
 pytest.importorskip("llmcompressor")
 
@@ -13,12 +13,10 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
 from moeq_plugin import RWKVQuantModifier
-from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.integrations.llm_compressor.unfinished import is_unfinished
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.records.progress import listening
 
-FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 LAYERS = 4
 
 
@@ -26,7 +24,7 @@ def quantized(path, *behind, listener=lambda _model, _weights, _step: None):
     """Return the words of all packed weights."""
     model = AutoModelForCausalLM.from_pretrained(path)
     weights = {name: weakref.ref(p) for name, p in model.named_parameters() if ".blocks." in name}
-    ours = RWKVQuantModifier(scalar_frac=0.0, codebook=FORM)
+    ours = RWKVQuantModifier(**ALL_IN_CODEBOOKS)
     with listening(lambda step: listener(model, weights, step)):
         oneshot(model, [ours, *behind], dataset())
     return {name: module.packed for name, module in packed_modules(model).items()}
@@ -86,7 +84,7 @@ def test_of_a_run_that_was_stopped_no_packed_weight_counts_as_finished(path):
             raise KeyboardInterrupt
 
     with listening(stop), pytest.raises(KeyboardInterrupt):
-        oneshot(model, RWKVQuantModifier(scalar_frac=0.0, codebook=FORM), dataset())
+        oneshot(model, RWKVQuantModifier(**ALL_IN_CODEBOOKS), dataset())
 
     changed = {name for name, module in model.named_modules() if is_unfinished(module)}
     assert changed >= packed_modules(model).keys() > set()
