@@ -5,9 +5,9 @@
 Writes ``benchmarks/results/rwkv_quantize.json``. Weights are random and have the shapes of the
 published model, so that times and bytes are those of the real one and the text is not.
 ``codebooks``, and int4 in groups of 64 by the presets ``fast`` and ``balanced``, solve one matrix
-of each shape on one thread, three seeds, by CPU time. ``memory`` runs ``moeq quantize`` on an
-official file of all layers, of which two are put into codebooks, in a process of its own whose
-memory is looked at ten times a second.
+of each shape on one thread, three seeds, by CPU time. ``memory`` loads official files of a few
+layers and of all, reads all that was loaded, and runs ``moeq quantize`` on them, each in a process
+of its own whose memory is looked at ten times a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +43,10 @@ GRID = Grid(num_bits=4, group_size=64)
 PRESETS = ("fast", "balanced")
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
-FILES = ((LAYERS, 2),)
+FILES = ((LAYERS, 2), (4, 2), (4, 4))
+IMPORTS = "import moeq_plugin.integrations.llm_compressor, sys, time"
+LOADING = "from moeq_plugin.rwkv import load_pth; model = load_pth(sys.argv[1])"
+READING = "for parameter in model.parameters(): parameter.aminmax()"
 RUN = "import sys; from moeq_plugin.cli import main; sys.argv[0] = 'moeq'; main()"
 
 
@@ -125,6 +128,12 @@ def write_official(layers: int, path: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def peak_of(*lines: str, of: Path | None = None) -> dict[str, int]:
+    """Return the peak of a process that runs these lines, whose argument is a file."""
+    script = "\n".join([*lines, "time.sleep(1)"])  # to be looked at once more
+    return asdict(watched([sys.executable, "-c", script, str(of)]))
+
+
 def measure_file(layers: int, in_codebooks: int) -> dict[str, Any]:
     with TemporaryDirectory(prefix="rwkv-") as directory:
         source, data = Path(directory) / "model.pth", Path(directory) / "data.jsonl"
@@ -132,7 +141,8 @@ def measure_file(layers: int, in_codebooks: int) -> dict[str, Any]:
         script = (
             f"import rwkv_quantize as r; print(r.write_official({layers}, r.Path({str(source)!r})))"
         )
-        written = subprocess.check_output([sys.executable, "-c", script], cwd=Path(__file__).parent)
+        said = subprocess.check_output([sys.executable, "-c", script], cwd=Path(__file__).parent)
+        parameters = int(said.split()[-1])  # behind what libraries have to say
         texts = (f"Sentence number {n} of a text that is as good as any other. " for n in range(8))
         data.write_text("".join(json.dumps({"text": 8 * text}) + "\n" for text in texts))
         command = [sys.executable, "-c", RUN, "quantize", str(source), f"{directory}/out"]
@@ -141,17 +151,20 @@ def measure_file(layers: int, in_codebooks: int) -> dict[str, Any]:
         if in_codebooks < layers:
             others = "|".join(map(str, range(in_codebooks, layers)))
             command += ["--ignore", "lm_head", "--ignore", rf"re:.*\.({others})\..*"]
+        loading = peak_of(IMPORTS, LOADING, of=source)
+        reading = peak_of(IMPORTS, LOADING, READING, of=source)
         began = time.monotonic()
         # 1: a result, of too few tokens to be shipped; memory does not depend on how many they are
         peak = watched(command, (0, 1))
         return {
             "layers": layers,
             "in_codebooks": in_codebooks,
-            "parameters": int(written),
+            "parameters": parameters,
             "file": source.stat().st_size,
             "result": sum(p.stat().st_size for p in Path(directory, "out").glob("*.safetensors")),
-            "own": peak.own,
-            "with_files": peak.with_files,
+            "loading": loading,
+            "reading": reading,
+            "quantizing": asdict(peak),
             "seconds": time.monotonic() - began,
         }
 
@@ -167,8 +180,7 @@ def main() -> None:
             content[name] = time_shapes(solve)
             RESULT.write_text(json.dumps(content, indent=1) + "\n")
     if "memory" in sys.argv:
-        nothing = "import moeq_plugin.integrations.llm_compressor, time; time.sleep(1)"
-        content["imports"] = watched([sys.executable, "-c", nothing]).own
+        content["imports"] = peak_of(IMPORTS)
         content["memory"] = []
         for layers, in_codebooks in FILES:
             content["memory"].append(measure_file(layers, in_codebooks))

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.rwkv import RWKV7Config
 
 SIZES = {
@@ -18,6 +19,12 @@ SIZES = {
     "v_low_rank_dim": 8,
     "gate_low_rank_dim": 32,
 }
+# codebooks that fit these sizes, and settings of the modifier
+FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
+ELEMENTWISE = CodebookFormat(3, 1, group_rows=1, group_columns=64)
+ALL_IN_CODEBOOKS = {"scalar_frac": 0.0, "codebook": FORM}
+# a layer has weights on grids, in codebooks and element by element
+MIXED = {"scalar_frac": 0.5, "codebook": FORM, "elementwise": ELEMENTWISE}
 
 
 def tiny_rwkv(

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeq_plugin.cli.rwkv import is_official_rwkv, know_rwkv, load_official, world_tokenizer
+from moeq_plugin.cli.rwkv import (
+    is_official_rwkv,
+    know_rwkv,
+    load_official,
+    reading_official,
+    world_tokenizer,
+)
 from moeq_plugin.untrusted.reading import check_model
 
 if TYPE_CHECKING:
@@ -53,12 +59,13 @@ def run_oneshot(
     from llmcompressor.entrypoints.oneshot import oneshot
 
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    loaded, tokenizer = load_model(model, dtype=dtype, **settings)
-    check(loaded)
-    arguments.setdefault("num_calibration_samples", data.num_sequences)
-    arguments.setdefault("max_seq_length", data.seq_len)
-    arguments.setdefault("dataset", data.read(tokenizer))
-    oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
+    with reading_official(model):
+        loaded, tokenizer = load_model(model, dtype=dtype, **settings)
+        check(loaded)
+        arguments.setdefault("num_calibration_samples", data.num_sequences)
+        arguments.setdefault("max_seq_length", data.seq_len)
+        arguments.setdefault("dataset", data.read(tokenizer))
+        oneshot(model=loaded, tokenizer=tokenizer, recipe=recipe, **arguments)
 
 
 def load_model(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from moeq_plugin.files.mapped import letting_go, unchanged
+from moeq_plugin.records.progress import Phase, Progress, listening
 from moeq_plugin.untrusted.reading import read_json
 
 BUDGETS = {"bits_per_weight", "size_gb", "allocation"}
@@ -86,6 +90,35 @@ def load_official(path: str, dtype: str) -> Any:
     model.config.save_pretrained(folder.name)
     model.config.name_or_path = folder.name
     return model
+
+
+@contextmanager
+def reading_official(path: str) -> Iterator[None]:
+    """Keep little of an official file in memory while a run reads it, and let nobody change it.
+
+    Where the model writes text and where gradients are taken all of it is read for every token or
+    every batch: there it stays in memory.
+
+    Args:
+        path: of a model; nothing is done if it is no official file.
+
+    Raises:
+        ValueError: in the end, if the file has been written to.
+    """
+    if not is_official_rwkv(path) or not Path(path).is_file():
+        yield
+        return
+    phase: Phase | None = None
+
+    def hear(step: Progress) -> None:
+        nonlocal phase
+        phase = step.phase
+
+    def is_read_in_turn() -> bool:
+        return phase not in ("sample", "measure")
+
+    with unchanged(Path(path)), listening(hear), letting_go(Path(path), is_read_in_turn):
+        yield
 
 
 def world_tokenizer(path: str) -> Any:

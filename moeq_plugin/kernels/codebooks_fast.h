@@ -25,7 +25,7 @@ inline bool fits(const Codebooks& w, int64_t codes) {
   return whole && w.dim <= 2 && w.vectors % 8 == 0 && w.rounded != 16;
 }
 inline bool is_whole(const Codebooks& w, const Tile& tile) {
-  return tile.num_vectors == w.group_vectors && tile.bit % 8 == 0;
+  return tile.num_vectors == w.group_vectors;
 }
 
 // Add a tile at the edge, one code after the other; `sums` are those of one stream.

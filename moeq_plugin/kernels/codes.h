@@ -40,9 +40,10 @@ inline uint32_t code_at(const uint8_t* codes, int64_t bit, int bits) {
 }
 
 // Round to the nearest float with as many bits of mantissa as a half or a bfloat has, ties to even.
+// Below the normal halves there are fewer, but a half times a whole number is a multiple of the least
+// one, and is not rounded there at all.
 inline float rounded_to(int kind, float value) {
   if (kind == 32) return value;
-  if (kind == 16 && std::fabs(value) < 0x1p-14f) return std::nearbyint(value * 0x1p24f) * 0x1p-24f;
   const int dropped = kind == 16 ? 13 : 16;
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

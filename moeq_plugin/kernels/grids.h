@@ -64,36 +64,48 @@ inline float row_product(const Grid& w, int64_t row, const uint8_t* row_codes, c
 #endif
 }
 
-// Chunks are read 16 bytes at a time, and the last ones of the last row would reach behind the tensor.
-inline std::vector<uint8_t> last_row(const Grid& w) {
-  std::vector<uint8_t> copy(w.row_bytes + 16);
-  std::memcpy(copy.data(), w.codes + (w.rows - 1) * w.row_bytes, w.row_bytes);
-  return copy;
-}
+// Finds rows of codes. 8 bytes are read at a time, of which up to 7 lie behind a row: behind the last
+// rows that would be behind the tensor, so that these are copied.
+class Rows {
+ public:
+  explicit Rows(const Grid& w)
+      : w(w), first_copied(std::max<int64_t>(0, w.rows - 1 - 6 / w.row_bytes)),
+        copy((w.rows - first_copied) * w.row_bytes + 7) {
+    std::memcpy(copy.data(), w.codes + first_copied * w.row_bytes, copy.size() - 7);
+  }
+  const uint8_t* at(int64_t row) const {
+    return row < first_copied ? w.codes + row * w.row_bytes
+                              : copy.data() + (row - first_copied) * w.row_bytes;
+  }
+
+ private:
+  const Grid& w;
+  int64_t first_copied;
+  std::vector<uint8_t> copy;
+};
 
 inline void times_vector(const Grid& w, const float* x, float* y, int threads) {
   std::vector<float> sum_of_x(w.groups());
   for (int64_t column = 0; column < w.columns; ++column) sum_of_x[column / w.group_size] += x[column];
-  const std::vector<uint8_t> last = last_row(w);
+  const Rows rows(w);
   const Codes codes(w.bits);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < w.rows; ++row) {
-    const uint8_t* row_codes = row + 1 < w.rows ? w.codes + row * w.row_bytes : last.data();
-    y[row] = row_product(w, row, row_codes, codes, x, sum_of_x.data());
-  }
+  for (int64_t row = 0; row < w.rows; ++row)
+    y[row] = row_product(w, row, rows.at(row), codes, x, sum_of_x.data());
 }
 
 // Write rows of the weight, [rows, columns].
 template <typename T>
 void decode(const Grid& w, int64_t begin, int64_t end, T* out, int threads) {
-  const std::vector<uint8_t> last = last_row(w);
+  const Rows rows(w);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* codes = row + 1 < w.rows ? w.codes + row * w.row_bytes : last.data();
+    const uint8_t* codes = rows.at(row);
     for (int64_t group = 0; group < w.groups(); ++group) {
       const int64_t scale = row * w.groups() + group;
       const int zero = w.zeros ? w.zeros[scale] : 1 << (w.bits - 1);
       T values[256];  // what each code of the group stands for
+      // only a matter of time, as both ways give the same
       const int count = w.group_size < 256 && w.bits == 8 ? 0 : 1 << w.bits;
       for (int code = 0; code < count; ++code) values[code] = T((code - zero) * w.scales[scale]);
       T* to = out + (row - begin) * w.columns + group * w.group_size;

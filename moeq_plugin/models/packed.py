@@ -39,9 +39,9 @@ class PackedWeight(nn.Module):
         self.packed = nn.Parameter(words, requires_grad=False)
         self.register_buffer("like", replaced.new_empty(0), persistent=False)
 
-    def fill(self, encoded: CodebookWeight) -> None:
-        """Take over an encoded weight of this shape and format."""
-        self.packed.copy_(self.form.pack(encoded))
+    def fill(self, words: torch.Tensor) -> None:
+        """Take over what a weight of this shape was packed to in this format, without a copy."""
+        self.packed = nn.Parameter(words, requires_grad=False)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeq_plugin.core.names import place
-from moeq_plugin.records.run import LinearRecord
+from moeq_plugin.records.run import RunRecord
 
 Phase = Literal["sample", "measure", "quantize", "save", "reference", "evaluate"]
 
@@ -23,7 +23,8 @@ class Progress:
             and after).
         done: of ``total``, in ``unit``.
         total: see above.
-        unit: ``tokens``, ``linears`` or ``sequences``.
+        unit: ``tokens``, ``linears``, ``weights`` where not all of them are linears, or
+            ``sequences``.
         layer: decoder layers finished, where the phase goes by layers.
         num_layers: of the model.
         worst_tokens: effective tokens of the linear that has fewest so far.
@@ -61,32 +62,34 @@ def report_progress(progress: Progress) -> None:
         listener(progress)
 
 
-def layer_progress(phase: Phase, finished: Iterable[str], pending: Iterable[str]) -> Progress:
+def layer_progress(
+    phase: Phase, finished: Iterable[str], pending: Iterable[str], unit: str = "linears"
+) -> Progress:
     """Return the progress of a phase that goes layer by layer.
 
     Args:
         phase: which.
-        finished: names of the linears that are done.
+        finished: names of the linears or weights that are done.
         pending: names of the others.
+        unit: what they are.
     """
     finished, pending = list(finished), list(pending)
     to_do = _layers(pending)
     every = _layers(finished) | to_do
     total = len(finished) + len(pending)
-    return Progress(phase, len(finished), total, "linears", len(every - to_do), len(every))
+    return Progress(phase, len(finished), total, unit, len(every - to_do), len(every))
 
 
-def quantize_progress(
-    records: list[LinearRecord], num_finished_now: int, pending: Iterable[str]
-) -> Progress:
+def quantize_progress(run: RunRecord, num_finished_now: int, pending: Iterable[str]) -> Progress:
     """Return the progress of quantization, with what the records say of its health.
 
     Args:
-        records: of all linears that are done.
+        run: has a record of each linear or weight that is done.
         num_finished_now: how many of them, at the end, belong to the last layer.
         pending: names of the others.
     """
-    layers = layer_progress("quantize", (record.name for record in records), pending)
+    records = run.linears
+    layers = layer_progress("quantize", (record.name for record in records), pending, run.unit)
     worst = min(records, key=lambda record: record.effective_tokens, default=None)
     losses = [r.loss for r in records[len(records) - num_finished_now :] if r.loss is not None]
     return Progress(

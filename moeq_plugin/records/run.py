@@ -95,6 +95,11 @@ class RunRecord:
     run: dict[str, str] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
 
+    @property
+    def unit(self) -> str:
+        """Return what is counted: RWKV may have quantized vectors, which are no linears."""
+        return "linears" if self.settings.get("elementwise") is None else "weights"
+
     def count(self, basis: Basis) -> int:
         """Return how many linears rest on ``basis``."""
         return sum(record.basis is basis for record in self.linears)
@@ -103,7 +108,7 @@ class RunRecord:
         """Return the one line that says whether the run was healthy.
 
         Args:
-            num_targets: how many linears were to be quantized.
+            num_targets: how many weights were to be quantized.
         """
         if self.smoothed or self.left_out:
             return self._smoothing_summary()
@@ -114,7 +119,7 @@ class RunRecord:
         num_few = self.count(Basis.FEW)
         few = f"{num_few} on fewer tokens than they need, " if num_few else ""
         return (
-            f"quantized {len(self.linears)} of {num_targets} linears, "
+            f"quantized {len(self.linears)} of {num_targets} {self.unit}, "
             f"{self.count(Basis.SHRUNK)} on Hessians mixed with the layer's, "
             f"{self.count(Basis.LAYER)} on the layer's alone, "
             f"{few}{self.count(Basis.NONE)} rounded to nearest{tail}"

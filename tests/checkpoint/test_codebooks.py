@@ -13,7 +13,11 @@ from moeq_plugin import verify_checkpoint
 from moeq_plugin.core.bit_packing import pack_codes
 from moeq_plugin.core.codebook import CodebookFormat, encode
 from moeq_plugin.core.packed_codebook import PackedFormat
-from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed, write_codebooks
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import (
+    PackedWords,
+    keep_packed,
+    write_codebooks,
+)
 
 FORMS = {
     "pairs": CodebookFormat(5, 2, group_rows=16, group_columns=16),
@@ -35,7 +39,7 @@ def write(directory, form, *, elementwise=False, dtype=torch.bfloat16):
             row = CodebookFormat(3, 1, group_rows=1, group_columns=64)
             encoded[name] = encode(weight.detach().reshape(1, -1), row)
     model.requires_grad_(False)
-    keep_packed(model, encoded)
+    keep_packed(model, {name: PackedWords.of(weight) for name, weight in encoded.items()})
     model.save_pretrained(directory / "out")
     write_codebooks(model, directory / "out")
     return directory / "out"

@@ -1,6 +1,7 @@
 """RWKV on the command line: an official file goes in, a small checkpoint comes out and speaks."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ import moeq_plugin.integrations.hf  # noqa: F401
 from moeq_plugin.cli import app
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.models.packed_grid import GridLinear
+from moeq_plugin.records.progress import listening
 from moeq_plugin.rwkv import to_official
 
 IN_A_FRESH_PROCESS = """
@@ -94,4 +96,19 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(size, expected, tmp_path):
 
     assert done.exit_code == 2
     assert expected in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_file_that_changes_meanwhile_makes_no_model(official, data, tmp_path):
+    def change(step):
+        if step.phase == "save":
+            os.utime(official)
+
+    few = ("--num-calibration-samples", 8, "--max-seq-length", 32)
+    with listening(change):
+        done = run("quantize", official, tmp_path / "out", "--dataset", data, *few)
+
+    assert done.exit_code == 2, done.output
+    assert "was written to while it was read" in done.output
     assert not (tmp_path / "out").exists()

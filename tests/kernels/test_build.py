@@ -43,7 +43,7 @@ def test_without_a_compiler_the_result_is_the_same(anew, monkeypatch, name, valu
     plain = nn.Linear(48, 40)
     encoded = encode(plain.weight.detach(), form)
     packed = CodebookLinear(plain, PackedFormat.of(encoded))
-    packed.requires_grad_(False).fill(encoded)
+    packed.requires_grad_(False).fill(packed.form.pack(encoded))
     x = torch.randn(3, 48)
     with torch.no_grad():
         expected = nn.functional.linear(x, encoded.decode(), plain.bias)

@@ -1,61 +1,25 @@
 """Products with packed weights are those with the weights that they stand for, in float64."""
 
-import ctypes
-import pathlib
 import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_products import WAYS, activations, codebook_weight, compiled_for, grid_weight
 
-from moeq_plugin.core.bit_packing import pack_codes
-from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
+from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.packed_codebook import PackedFormat
-from moeq_plugin.kernels import build, products
+from moeq_plugin.kernels import products
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
-# what the processor can do decides which way is compiled; the plainest runs everywhere
-WAYS = {"native": "-march=native", "avx2": "-mavx2 -mfma", "plain": "-mno-avx"}
 DTYPES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
-
-
-def processor_has_avx2():
-    with pathlib.Path("/proc/cpuinfo").open() as info:
-        return " avx2 " in info.read()
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def way(request, monkeypatch):
-    """Compile for one way, and let products use it."""
-    if request.param == "avx2" and not processor_has_avx2():
-        pytest.skip("the processor has no AVX2")
-    others = [option for option in build._OPTIONS if option != "-march=native"]
-    monkeypatch.setattr(build, "_OPTIONS", (*others, *WAYS[request.param].split()))
-    compiled = build._declared(ctypes.CDLL(str(build._compiled("c++"))))
-    monkeypatch.setattr(products, "library", lambda: compiled)
-    return request.param
-
-
-def codebook_weight(form, shape, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    grid = form.grid(shape)
-    return CodebookWeight(
-        torch.randint(
-            form.num_centroids, (shape[0], shape[1] // form.vector_dim), generator=generator
-        ).short(),
-        torch.randint(
-            -127, 128, (*grid, form.num_centroids, form.vector_dim), generator=generator
-        ).to(torch.int8),
-        (torch.rand(grid, generator=generator) * 0.01 + 1e-5).to(dtype),
-        form,
-    )
-
-
-def activations(count, columns, dtype, seed):
-    generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randn(count, columns, generator=generator).to(dtype)
+    compiled_for(request.param, monkeypatch)
 
 
 def assert_product(found, x, weight, tolerance, summed=None):
@@ -141,15 +105,33 @@ def test_a_codebook_weight_comes_out_bit_for_bit(bits, dim, group, shape, dtype,
         assert_every_weight(product, weight.decode())
 
 
+# groups that are fast, were they not followed by a few vectors more
+@pytest.mark.parametrize(("group", "vectors"), [(13, 39), (16, 20), (32, 36)])
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_rows_that_begin_within_a_byte_come_out_bit_for_bit(bits, dim):
-    form = CodebookFormat(bits, dim, 5, 13 * dim)
-    weight = codebook_weight(form, (11, 39 * dim), torch.float32, bits)
+def test_rows_that_begin_within_a_byte_come_out_bit_for_bit(bits, dim, group, vectors):
+    form, shape = CodebookFormat(bits, dim, 5, group * dim), (11, vectors * dim)
+    weight = codebook_weight(form, shape, torch.float32, bits)
     packed_form = PackedFormat.of(weight)
     packed = packed_form.pack(weight)
-    product = products.codebook_product(packed, packed_form, (11, 39 * dim), torch.float32)
+    product = products.codebook_product(packed, packed_form, shape, torch.float32)
     assert_every_weight(product, weight.decode())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4], ids=["normal", "subnormal"])
+@pytest.mark.parametrize("bits", [3, 6, 7])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_half_precision_comes_out_bit_for_bit(dim, bits, size):
+    """As it is rounded itself, in tiles that are fast in other precisions, and near zero."""
+    form = CodebookFormat(bits, dim, 8, 32 * dim)
+    weight = codebook_weight(form, (16, 64 * dim), torch.float16, bits, size)
+    decoded = weight.decode()
+    below_normal = (decoded.abs() < torch.finfo(torch.float16).tiny).double().mean()
+    assert (below_normal > 0.5) == (size < 1)
+    packed_form = PackedFormat.of(weight)
+    packed = packed_form.pack(weight)
+    product = products.codebook_product(packed, packed_form, (16, 64 * dim), torch.float16)
+    assert_every_weight(product, decoded)
 
 
 def assert_every_weight(product, weight):
@@ -178,22 +160,15 @@ def test_of_a_weight_on_a_grid(
     bits, group_size, rows, groups, symmetric, count, dtype, threads, seed
 ):
     tolerance, dtype = DTYPES[dtype], getattr(torch, dtype)
-    generator = torch.Generator().manual_seed(seed)
     columns = groups * group_size if group_size else 7 * groups + seed % 40
     groups = groups if group_size else 1
-    codes = torch.randint(1 << bits, (rows, columns), generator=generator)
-    scales = (torch.randn(rows, groups, generator=generator) * 0.01).to(dtype)  # also negative
-    zeros = None
-    if not symmetric:
-        zeros = torch.randint(1 << bits, (rows, groups), generator=generator).to(torch.uint8)
-    # every row begins with a word of its own
-    packed = torch.stack([pack_codes(row, bits)[: -(-columns * bits // 32)] for row in codes])
+    packed, scales, zeros, (codes, zero) = grid_weight(
+        bits, rows, columns, groups, dtype, asymmetric=not symmetric, seed=seed
+    )
     product = products.grid_product(packed, scales, zeros, (rows, columns), bits)
-    middle = torch.full((rows, groups), 1 << (bits - 1))
-    zero = (middle if zeros is None else zeros.long())[..., None]
-    weight = ((codes.view(rows, groups, -1) - zero) * scales.double()[..., None]).flatten(1)
+    weight = ((codes - zero) * scales.double()[..., None]).flatten(1)
     # zero points are taken off when codes have been summed up
-    summed = ((codes.view(rows, groups, -1) + zero) * scales.double()[..., None]).flatten(1)
+    summed = ((codes + zero) * scales.double()[..., None]).flatten(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -201,6 +176,21 @@ def test_of_a_weight_on_a_grid(
         assert_product(product(x), x, weight, tolerance, summed)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 256])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_weight_on_a_grid_is_decoded_bit_for_bit(bits, group_size, dtype):
+    """With a table of what codes stand for and without, whatever takes less time."""
+    columns = 2 * group_size
+    packed, scales, zeros, (codes, zero) = grid_weight(bits, 7, columns, 2, dtype, asymmetric=True)
+    product = products.grid_product(packed, scales, zeros, (7, columns), bits)
+    many = torch.eye(columns, dtype=dtype).repeat(product.few // columns + 1, 1)
+    assert len(many) > product.few
+
+    weight = ((codes - zero) * scales[..., None].float()).flatten(1).to(dtype)
+    assert torch.equal(product(many)[:columns], weight.T)
 
 
 def test_groups_that_begin_within_a_byte_have_no_product():
@@ -214,7 +204,9 @@ def test_infinities_and_nans_of_activations_stay(dtype):
     weight = codebook_weight(form, (8, 32), dtype, 0)
     packed_form = PackedFormat.of(weight)
     product = products.codebook_product(packed_form.pack(weight), packed_form, (8, 32), dtype)
-    for value in [torch.inf, torch.nan, 1e30]:
+    # NaNs whose lower half, which bfloats lack, is all that tells them from infinity, or overflows
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for value in [torch.inf, torch.nan, 1e30, *nans]:
         x = torch.zeros(1, 32, dtype=dtype)
         x[0, 3] = value
         found, expected = product(x).double(), x.double() @ weight.decode().double().T

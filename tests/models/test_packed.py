@@ -40,7 +40,7 @@ def packed(dtype=torch.float32):
         encoded[name] = encode(weight if name == "linear" else weight.reshape(1, -1), form)
     pack_modules(result, {name: PackedFormat.of(weight) for name, weight in encoded.items()})
     for name, weight in encoded.items():
-        result[name].fill(weight)
+        result[name].fill(PackedFormat.of(weight).pack(weight))
     return plain, result
 
 

@@ -116,8 +116,10 @@ def _write_on_save(
             parameters_stay_parameters(),
             exact_codes(),
         ):
-            num_linears = sum(len(record.linears) for record, _ in finished)
-            report_progress(Progress("save", 0, num_linears, "linears"))
+            count = sum(len(record.linears) for record, _ in finished)
+            # linears are weights, so that one word holds for all
+            unit = "weights" if any(r.unit == "weights" for r, _ in finished) else "linears"
+            report_progress(Progress("save", 0, count, unit))
             # the host's, which packs the codes and calls the method of transformers in turn
             try:
                 save_pretrained(directory, *args, **kwargs)

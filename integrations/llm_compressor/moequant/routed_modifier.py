@@ -182,7 +182,7 @@ class RoutedModifier(RoutedRecipe):
 
     def _report_progress(self, num_finished_now: int) -> None:
         pending = [name for phases in self._phases for name in phases.pending()]
-        report_progress(quantize_progress(self._record.linears, num_finished_now, pending))
+        report_progress(quantize_progress(self._record, num_finished_now, pending))
 
     def _end_pass(self, state: State) -> None:
         for phases in self._phases:

@@ -19,7 +19,6 @@ from moeq_plugin.integrations.llm_compressor.calibration import rank_moments
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.moequant.request import Request
 from moeq_plugin.integrations.llm_compressor.rwkv.encoded_weights import EncodedWeights
-from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
 from moeq_plugin.models.moe import find_moe_layers
 from moeq_plugin.records.run import Basis
 
@@ -33,6 +32,8 @@ class CodebookRun:
         encoded: filled in linear by linear.
         forms: the format of each linear by name.
         refine_steps: see :func:`moeq_plugin.core.codebook_solver.solve_codebook`.
+        is_last: whether no modifier comes behind, which would look for the linears. Decoded weights
+            then leave memory with their layer, and not only when the run is over.
     """
 
     def __init__(
@@ -42,8 +43,11 @@ class CodebookRun:
         encoded: EncodedWeights,
         forms: Mapping[str, CodebookFormat],
         refine_steps: int,
+        *,
+        is_last: bool,
     ) -> None:
-        self._request, self._encoded = request, encoded
+        self._request, self._encoded, self._is_last = request, encoded, is_last
+        self._passed: set[str] = set()  # of the last layer, which the host has run twice by now
         self._forms, self._refine_steps = forms, refine_steps
         modules = dict(state.model.named_modules())
         self._pending: dict[str, nn.Linear] = {name: modules[name] for name in forms}  # shrinks
@@ -64,7 +68,10 @@ class CodebookRun:
         self._calibration.attach(state.model, layers, linears, self._hooks.register_hook)
 
     def finish_layer(self, state: State, modules: list[nn.Module]) -> None:
-        """Encode every linear observed since the last layer."""
+        """Encode every linear observed since the last layer, and pack those of that layer."""
+        self._encoded.replace(state.model, self._passed)
+        if self._is_last:
+            self._passed = {self._names[module] for module in modules if module in self._names}
         if is_distributed():
             rank_moments.sum_over_ranks(self._calibration, self._names)
         self._calibration.check_finite(self._names)
@@ -92,7 +99,7 @@ class CodebookRun:
 
     def close(self, state: State) -> None:
         """Replace encoded modules by packed ones."""
-        keep_packed(state.model, self._encoded.by_name)
+        self._encoded.replace(state.model)
 
     def _encode(
         self,

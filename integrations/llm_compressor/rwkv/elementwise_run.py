@@ -17,7 +17,6 @@ from moeq_plugin.integrations.llm_compressor import host
 from moeq_plugin.integrations.llm_compressor.calibration.observations import RegisterHook
 from moeq_plugin.integrations.llm_compressor.calibration.padding import PaddingWatch
 from moeq_plugin.integrations.llm_compressor.rwkv.encoded_weights import EncodedWeights
-from moeq_plugin.integrations.llm_compressor.rwkv.saving import keep_packed
 from moeq_plugin.models.elementwise import ElementwiseScale, elementwise_parameters
 from moeq_plugin.records.run import Basis
 
@@ -88,7 +87,7 @@ class ElementwiseRun:
 
     def close(self, state: State) -> None:
         """Replace encoded modules by packed ones."""
-        keep_packed(state.model, self._encoded.by_name)
+        self._encoded.replace(state.model)
 
     def _observe(
         self, module: ElementwiseScale, args: tuple[torch.Tensor, ...], _output: torch.Tensor

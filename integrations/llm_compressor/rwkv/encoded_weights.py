@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from compressed_tensors.offload import update_offload_parameter
 from loguru import logger
 from torch import nn
+from transformers import PreTrainedModel
 
 from moeq_plugin.core.codebook import CodebookFormat, CodebookWeight
 from moeq_plugin.core.packed_codebook import PackedFormat
 from moeq_plugin.core.scheme_words import codebook_in_words
 from moeq_plugin.integrations.llm_compressor.moequant.run_state import RunState
+from moeq_plugin.integrations.llm_compressor.rwkv.saving import PackedWords, keep_packed
 from moeq_plugin.integrations.llm_compressor.schemes import weight_of
 from moeq_plugin.integrations.llm_compressor.unfinished import mark_changed
 from moeq_plugin.records.run import Basis, LinearRecord, RunRecord
 
 
 class EncodedWeights:
-    """The encoded weights of one run.
+    """The encoded weights of one run, packed as soon as they are there.
 
     Args:
         record: filled in weight by weight.
         kept_state: where they are kept and found again, ``None`` for nowhere.
-
-    Attributes:
-        by_name: what stands for the weight of each module.
     """
 
     def __init__(self, record: RunRecord, kept_state: RunState | None) -> None:
-        self.by_name: dict[str, CodebookWeight] = {}
         self._record, self._kept_state = record, kept_state
+        self._packed: dict[str, PackedWords] = {}  # whose modules still run on decoded weights
 
     def put(
         self,
@@ -56,10 +55,10 @@ class EncodedWeights:
             form.index_bits, form.vector_dim, form.group_rows, form.group_columns
         )
         record = LinearRecord(name, scheme, basis, effective_tokens, loss)
-        self._take(record, module, encoded)
+        packed = PackedWords.of(encoded)
+        self._take(record, module, encoded, packed)
         if self._kept_state is not None:
-            packed = PackedFormat.of(encoded).pack(encoded)
-            self._kept_state.note_tensors(record, {f"{name}.packed": packed})
+            self._kept_state.note_tensors(record, {f"{name}.packed": packed.words})
 
     def restore(
         self, modules: Mapping[str, nn.Module], forms: Mapping[str, CodebookFormat]
@@ -85,16 +84,30 @@ class EncodedWeights:
             # an element-wise weight is one row
             rows = len(weight) if isinstance(modules[name], nn.Linear) else 1
             form = PackedFormat.to_store(forms[name], weight.dtype)
-            packed = tensors[f"{name}.packed"].to(weight.device)
-            encoded = form.unpack(packed, (rows, weight.numel() // rows))
-            self._take(record, modules[name], encoded)
+            words = tensors[f"{name}.packed"].to(weight.device)
+            encoded = form.unpack(words, (rows, weight.numel() // rows))
+            self._take(record, modules[name], encoded, PackedWords(form, words))
             taken.add(name)
         if taken:
             logger.info(f"{len(taken)} weights in codebooks taken over")
         return taken
 
-    def _take(self, record: LinearRecord, module: nn.Module, encoded: CodebookWeight) -> None:
+    def replace(self, model: PreTrainedModel, names: Container[str] | None = None) -> None:
+        """Replace modules that run on decoded weights by packed ones, in place.
+
+        Args:
+            model: the model.
+            names: of modules; those that are not encoded stay. ``None`` for all.
+        """
+        done = [name for name in self._packed if names is None or name in names]
+        keep_packed(model, {name: self._packed.pop(name) for name in done})
+        for name in done:
+            mark_changed(model.get_submodule(name))
+
+    def _take(
+        self, record: LinearRecord, module: nn.Module, encoded: CodebookWeight, packed: PackedWords
+    ) -> None:
         mark_changed(module)
         update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
-        self.by_name[record.name] = encoded
+        self._packed[record.name] = packed
         self._record.linears.append(record)

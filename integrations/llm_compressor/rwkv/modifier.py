@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.core.hybrid import choose_scalar, choose_scalar_below
 from moeq_plugin.core.uniformity import Gaps, UniformityScore
-from moeq_plugin.integrations.llm_compressor import places
+from moeq_plugin.integrations.llm_compressor import places, recipe
 from moeq_plugin.integrations.llm_compressor.allocation.allocator import BitAllocator
 from moeq_plugin.integrations.llm_compressor.allocation.sensitivity_config import SensitivityConfig
 from moeq_plugin.integrations.llm_compressor.checkpoint.saving import prepare_saving
@@ -89,7 +89,8 @@ class RWKVQuantModifier(BudgetedModifier):
     - on_calibration_start: with a budget measure and choose; hooks that accumulate second moments
     - on_sequential_epoch_end: solve one layer's weights on grids, encode its others
     - on_calibration_end: round what was never called, remove hooks
-    - on_finalize: replace encoded modules by packed ones, which is what will be saved
+    - on_finalize: replace encoded modules by packed ones, which is what will be saved; without a
+      modifier behind, those of a layer have been replaced when the next was done
 
     Arguments beside those of
     :class:`~moeq_plugin.integrations.llm_compressor.moequant.budgeted.BudgetedModifier`, of
@@ -174,8 +175,7 @@ class RWKVQuantModifier(BudgetedModifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Keep encoded weights packed, and say what was done and how many bits it takes."""
-        # not when the pass ends: modifiers behind this one may have passes of their own then and
-        # look for the modules that are replaced here
+        # modifiers behind this one may have looked for modules that are replaced here
         result = super().on_finalize(state, **kwargs)
         self._record.bits_per_weight = stored_bits_per_weight(state.model)
         logger.info(
@@ -197,10 +197,10 @@ class RWKVQuantModifier(BudgetedModifier):
         # in the order in which they are called for every layer
         run = Run(*shared, self._record, kept_state)
         encoded = EncodedWeights(self._record, kept_state)
-        self._phases = (run, CodebookRun(*shared, encoded, choice.codebooks, self.refine_steps))
+        behind, forms, steps = recipe.neighbours(self)[1], choice.codebooks, self.refine_steps
+        self._phases = (run, CodebookRun(*shared, encoded, forms, steps, is_last=not behind))
         if self.elementwise is not None:
             percentile, weighted = self.elementwise_percentile, self.elementwise_weighted
-            encoded = EncodedWeights(self._record, kept_state)
             elementwise = ElementwiseRun(state, encoded, self.elementwise, percentile, weighted)
             self._phases = (*self._phases, elementwise)
         if self._allocator is not None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -21,19 +21,39 @@ from moeq_plugin.core.packed_codebook import FORMAT_VERSION, PackedFormat
 from moeq_plugin.models.packed import pack_modules, packed_modules
 
 
+class PackedWords(NamedTuple):
+    """What stands for a weight in a checkpoint.
+
+    Attributes:
+        form: how it is packed.
+        words: the packed tensor.
+    """
+
+    form: PackedFormat
+    words: torch.Tensor
+
+    @classmethod
+    def of(cls, encoded: CodebookWeight) -> Self:
+        """Pack an encoded weight."""
+        form = PackedFormat.of(encoded)
+        return cls(form, form.pack(encoded))
+
+
 @torch.no_grad()
-def keep_packed(model: PreTrainedModel, encoded: Mapping[str, CodebookWeight]) -> None:
+def keep_packed(model: PreTrainedModel, packed: Mapping[str, PackedWords]) -> None:
     """Replace modules by packed ones, in place.
 
     Args:
         model: the model.
-        encoded: what stands for the weight of each module, by name.
+        packed: what stands for the weight of each module, by name.
     """
+    replaced = {name: model.get_submodule(name) for name in packed}
     # a name stays, but what stands there is another module from here on
-    pack_modules(model, {name: PackedFormat.of(weight) for name, weight in encoded.items()})
-    for name, module in packed_modules(model).items():
-        if name in encoded:
-            module.fill(encoded[name])
+    pack_modules(model, {name: of.form for name, of in packed.items()})
+    modules = packed_modules(model)
+    for name, of in packed.items():
+        modules[name].fill(of.words)
+        del replaced[name].weight  # the run may go on to hold the module
 
 
 def write_codebooks(model: PreTrainedModel, directory: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers import dataset, int4, oneshot, tiny_model
-from tiny_rwkv import SIZES, tiny_rwkv
+from tiny_rwkv import ELEMENTWISE, FORM, SIZES, tiny_rwkv
 
 pytest.importorskip("llmcompressor")
 
@@ -28,10 +28,8 @@ from moeq_plugin.models.elementwise import ElementwiseScale
 from moeq_plugin.models.packed import CodebookScale, packed_modules
 from moeq_plugin.records.run import Basis, RunRecord
 
-FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 # with the low-rank factors, which stay in 16 bit unless they are named
 ALL = ["Linear", r"re:.*\.att\.[wavg][12]$"]
-ELEMENTWISE = CodebookFormat(3, 1, group_rows=1, group_columns=64)
 KEPT = ("emb", "lm_head", "ln", "w0", "a0", "v0")
 
 

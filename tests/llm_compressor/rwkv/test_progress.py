@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import dataset, oneshot
-from tiny_rwkv import tiny_rwkv
+from tiny_rwkv import ALL_IN_CODEBOOKS, MIXED, tiny_rwkv
 
 pytest.importorskip("llmcompressor")
 
@@ -11,19 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import moeq_plugin.integrations.hf  # noqa: F401
 from moeq_plugin import RWKVQuantModifier
-from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.models.packed import packed_modules
 from moeq_plugin.records.progress import listening
+from moeq_plugin.records.run import RunRecord
 
-FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 LAYERS = 2
 RECIPES = {
-    "codebooks": {"scalar_frac": 0.0, "codebook": FORM},
-    "mixed": {
-        "scalar_frac": 0.5,
-        "codebook": FORM,
-        "elementwise": CodebookFormat(3, 1, group_rows=1, group_columns=64),
-    },
+    "codebooks": ALL_IN_CODEBOOKS,
+    "mixed": MIXED,
     # no grid, so that a budget puts all weights into codebooks
     "budget": {"bits_per_weight": 9.0, "options": ["CB4D2_G32x16", "CB6D2_G32x16"]},
 }
@@ -45,3 +40,18 @@ def test_every_weight_is_counted(name, tmp_path):
         assert [step.done for step in of_phase] == sorted(step.done for step in of_phase)
         assert (of_phase[0].done, of_phase[-1].done) == (0, num_weights)
         assert (of_phase[0].layer, of_phase[-1].layer) == (0, LAYERS)
+
+
+@pytest.mark.parametrize(("name", "unit"), [("codebooks", "linears"), ("mixed", "weights")])
+def test_vectors_are_not_called_linears(name, unit, tmp_path):
+    model, steps = tiny_rwkv(tmp_path / "model", torch.float32), []
+    modifier = RWKVQuantModifier(**RECIPES[name])
+    with listening(steps.append):
+        oneshot(model, modifier, dataset(), output_dir=str(tmp_path / "out"))
+
+    assert {(step.phase, step.unit) for step in steps} == {("quantize", unit), ("save", unit)}
+    (record,) = RunRecord.load(tmp_path / "out")
+    count = len(record.linears)
+    vectors = sum(".x_" in linear.name for linear in record.linears)
+    assert (vectors > 0) == (unit == "weights")
+    assert record.summary(count).startswith(f"quantized {count} of {count} {unit}, ")

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from helpers import dataset, oneshot
-from tiny_rwkv import tiny_rwkv
+from tiny_rwkv import ALL_IN_CODEBOOKS, MIXED, tiny_rwkv
 
 pytest.importorskip("llmcompressor")
 
@@ -17,20 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import moeq_plugin.integrations.hf  # noqa: F401
 from moeq_plugin import RWKVQuantModifier
-from moeq_plugin.core.codebook import CodebookFormat
 from moeq_plugin.records.progress import listening
 from moeq_plugin.records.run import RunRecord
 
-FORM = CodebookFormat(4, 2, group_rows=32, group_columns=16)
 RECIPES = {
-    "codebooks": {"scalar_frac": 0.0, "codebook": FORM},
-    # a layer has weights on grids, in codebooks and element by element, which are kept together
-    "mixed": {
-        "scalar_frac": 0.5,
-        "codebook": FORM,
-        "elementwise": CodebookFormat(3, 1, group_rows=1, group_columns=64),
-        "targets": ["Linear", r"re:.*\.att\.[wavg][12]$"],
-    },
+    "codebooks": ALL_IN_CODEBOOKS,
+    # what a layer has of each kind is kept together
+    "mixed": {**MIXED, "targets": ["Linear", r"re:.*\.att\.[wavg][12]$"]},
     "budget": {"bits_per_weight": 4.5, "options": ["CB4D2_G32x16", "W4A16_G32", "W8A16_G32"]},
 }
 LAYERS = 3
