@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import update_offload_parameter
 from loguru import logger
 from torch import nn
@@ -108,6 +110,19 @@ class EncodedWeights:
         self, record: LinearRecord, module: nn.Module, encoded: CodebookWeight, packed: PackedWords
     ) -> None:
         mark_changed(module)
-        update_offload_parameter(module, "weight", encoded.decode().view_as(weight_of(module)))
+        _run_on(module, encoded.decode().view_as(weight_of(module)))
         self._packed[record.name] = packed
         self._record.linears.append(record)
+
+
+def _run_on(module: nn.Module, decoded: torch.Tensor) -> None:
+    """Let a module run on another weight of the same shape.
+
+    What is written into a mapped file takes memory until all of the file goes. So nothing is
+    written to the weight: another takes its place.
+    """
+    if is_distributed():  # ranks share the memory of weights
+        update_offload_parameter(module, "weight", decoded)
+        return
+    del module.weight
+    module.weight = nn.Parameter(decoded, requires_grad=False)
