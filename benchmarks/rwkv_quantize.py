@@ -43,7 +43,7 @@ GRID = Grid(num_bits=4, group_size=64)
 PRESETS = ("fast", "balanced")
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
-FILES = ((LAYERS, 2), (4, 2), (4, 4))
+FILES = ((LAYERS, 2), (4, 2))
 IMPORTS = "import moeq_plugin.integrations.llm_compressor, sys, time"
 LOADING = "from moeq_plugin.rwkv import load_pth; model = load_pth(sys.argv[1])"
 READING = "for parameter in model.parameters(): parameter.aminmax()"
