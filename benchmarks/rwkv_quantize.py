@@ -1,11 +1,12 @@
 """What quantizing an RWKV-7 of 1.5 billion parameters takes: time of a weight, memory of a file.
 
-    python benchmarks/rwkv_quantize.py codebooks fast balanced memory
+    python benchmarks/rwkv_quantize.py codebooks fast searched balanced memory
 
 Writes ``benchmarks/results/rwkv_quantize.json``. Weights are random and have the shapes of the
 published model, so that times and bytes are those of the real one and the text is not.
 ``codebooks``, and int4 in groups of 64 by the presets ``fast`` and ``balanced``, solve one matrix
-of each shape on one thread, three seeds, by CPU time. ``memory`` loads official files of a few
+of each shape on one thread, three seeds, by CPU time; ``searched`` is ``balanced`` without the
+rounds that come after GPTQ. ``memory`` loads official files of a few
 layers and of all, reads all that was loaded, and runs ``moeq quantize`` on them, each in a process
 of its own whose memory is looked at ten times a second.
 """
@@ -40,7 +41,11 @@ WIDTH, WIDE, LAYERS, VOCABULARY = 2048, 8192, 24, 65536
 SHAPES = {(WIDTH, WIDTH): 4, (WIDE, WIDTH): 1, (WIDTH, WIDE): 1}  # how many of them a layer has
 FORM = CodebookFormat(6, 2, 64, 32)
 GRID = Grid(num_bits=4, group_size=64)
-PRESETS = ("fast", "balanced")
+INT4: dict[str, dict[str, Any]] = {
+    "fast": {"preset": "fast"},
+    "searched": {"preset": "balanced", "refine_rounds": 0},
+    "balanced": {"preset": "balanced"},
+}
 SEEDS = range(3)
 # layers of the file, and how many of them are put into codebooks
 FILES = ((LAYERS, 2), (4, 2))
@@ -173,8 +178,8 @@ def main() -> None:
     torch.set_num_threads(1)
     content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     content |= {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    presets = {name: MoEQuantModifier(preset=name).solver_options() for name in PRESETS}
-    solvers = {name: partial(into_int4, options=options) for name, options in presets.items()}
+    options = {name: MoEQuantModifier(**fields).solver_options() for name, fields in INT4.items()}
+    solvers = {name: partial(into_int4, options=of) for name, of in options.items()}
     for name, solve in {"codebooks": into_codebooks, **solvers}.items():
         if name in sys.argv:
             content[name] = time_shapes(solve)
