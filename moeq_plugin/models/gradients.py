@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeq_plugin.core.names import pool_of
-from moeq_plugin.core.sampling import draw
 from moeq_plugin.models.moe import MoELayer, RoutingTrace
+from moeq_plugin.models.surprise import surprise
 
 _PRIOR_TOKENS = 16  # an expert with fewer tokens takes much of its weights from its layer
 
@@ -272,8 +272,9 @@ def drawn_surprise(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, chance: torch.Tensor
 ) -> torch.Tensor:
     """Return :func:`surprise` at tokens that a causal language model draws itself."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return surprise(logits.flatten(0, -2)[mask.flatten()], chance)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, -2)
+    # where nothing is padding, a copy would be the largest tensor once more, and its gradient too
+    return surprise(logits if mask.all() else logits[mask.flatten()], chance)
 
 
 def chances_of(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
@@ -294,14 +295,3 @@ def chances_of(rows: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor
                 for row, generator in zip(rows, generators, strict=True)
             ]
         )
-
-
-def surprise(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Return minus the log-likelihood, summed, of one draw per row of ``[tokens, classes]``.
-
-    Args:
-        logits: of the classes.
-        chance: ``[tokens]``, uniform in [0, 1), decides the draws.
-    """
-    log_probs = logits.float().log_softmax(-1)
-    return -log_probs.gather(1, draw(log_probs.detach().exp(), chance)).sum()
