@@ -7,11 +7,11 @@ row is a parabola in each of its weights, whose least point on the grid is the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
+from moeq_plugin.core.column_order import by_expert, in_place, in_turn
 from moeq_plugin.core.grid import Grid, nearest_code, point_of_code
 from moeq_plugin.core.rounded import Rounded
 
@@ -36,26 +36,25 @@ def descend_codes(
     Returns:
         Other codes on the same grid.
     """
-    codes = _in_turn(rounded.codes, order).to(hessian.dtype)
-    pull = _in_turn(rounded.pull, order)
+    codes = in_turn(rounded.codes, order).to(hessian.dtype)
+    pull = in_turn(rounded.pull, order)
     group = grid.group_of_column(order.shape[1]).to(order.device)[order]
     for end in range(order.shape[1], 0, -block_size):
         block = slice(max(0, end - block_size), end)
         of_block = torch.stack(
-            [h.index_select(0, o[block]).index_select(1, o) for h, o in _pairs(hessian, order)]
+            [h.index_select(0, o[block]).index_select(1, o) for h, o in by_expert(hessian, order)]
         )
         moved = _descend_block(
             codes[:, block],
             pull[:, block].clone(),
-            _in_turn(rounded.scale, group[:, block]),
-            _in_turn(rounded.zero_point, group[:, block]),
+            in_turn(rounded.scale, group[:, block]),
+            in_turn(rounded.zero_point, group[:, block]),
             of_block[:, :, block],
             grid,
         )
         pull.baddbmm_(of_block.transpose(1, 2), moved, alpha=-1)
-    place = order.argsort(dim=1)
     codes = codes.to(torch.int8)
-    return replace(rounded, codes=_in_place(codes, place), pull=_in_place(pull, place))
+    return replace(rounded, codes=in_place(codes, order), pull=in_place(pull, order))
 
 
 def _descend_block(
@@ -93,18 +92,3 @@ def _descend_block(
         moved[:, i] = move.mul_(pays)
         pull[:, :i].addcmul_(hessian[:, i, :i, None], moved[:, i, None], value=-1)
     return moved
-
-
-def _in_turn(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return ``[experts, out, columns]`` as ``[experts, n, out]``, those of ``[experts, n]``."""
-    return torch.stack([part.index_select(1, o).T for part, o in _pairs(columns, order)])
-
-
-def _in_place(in_turn: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Return ``[experts, n, out]`` as ``[experts, out, n]``, the inverse of :func:`_in_turn`."""
-    return torch.stack([part.index_select(0, p).T for part, p in _pairs(in_turn, place)])
-
-
-def _pairs(stack: torch.Tensor, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield experts one by one: selecting whole columns is faster than gathering elements."""
-    return zip(stack, index, strict=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moeq_plugin.core.column_order import in_turn
 from moeq_plugin.core.factorization import Factorization, factorize
 from moeq_plugin.core.grid import Grid, nearest_code, point_of_code
 
@@ -89,7 +90,7 @@ def round_columns(
 ) -> Solution:
     """Round each weight along a factorization; arguments as of :func:`solve`."""
     order, factor = factorization.order, factorization.factor
-    W = torch.stack([w.index_select(1, o).T for w, o in zip(weight, order, strict=True)]).float()
+    W = in_turn(weight, order).float()
     group = grid.group_of_column(weight.shape[2]).to(weight.device)[order]
     loss = _round_blocks(W, factor, scale, zero_point, group, grid, block_size)
     result = torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)

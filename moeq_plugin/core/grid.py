@@ -77,7 +77,7 @@ def choose_grid(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
         >>> scale, zero_point
         (tensor([[2.]]), tensor([[0]], dtype=torch.int8))
     """
-    groups = _in_groups(weight, grid)
+    groups = in_groups(weight, grid)
     return grid_of_range(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
 
 
@@ -117,7 +117,7 @@ def quantize(
         zero_point: ``[..., out, groups]``.
         grid: the grid's description.
     """
-    groups = _in_groups(weight, grid)
+    groups = in_groups(weight, grid)
     codes = nearest_code(groups, scale[..., None], zero_point[..., None], grid)
     return codes.to(torch.int8).flatten(-2)
 
@@ -129,12 +129,16 @@ def dequantize(
 
     The inverse of :func:`quantize` on every point of the grid.
     """
-    groups = _in_groups(codes, grid)
+    groups = in_groups(codes, grid)
     return point_of_code(groups, scale[..., None], zero_point[..., None]).flatten(-2)
 
 
-def _in_groups(columns: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return ``[..., out, in]`` as ``[..., out, groups, columns of a group]``."""
+def in_groups(columns: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return ``[..., out, in]`` as ``[..., out, groups, columns of a group]``.
+
+    Raises:
+        ValueError: if the group size does not divide the number of columns.
+    """
     num_groups = int(grid.group_of_column(columns.shape[-1])[-1]) + 1
     groups: torch.Tensor = columns.unflatten(-1, (num_groups, -1))
     return groups

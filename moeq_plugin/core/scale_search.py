@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from moeq_plugin.core.grid import Grid, grid_of_range, nearest_code, point_of_code
+from moeq_plugin.core.grid import Grid, grid_of_range, in_groups, nearest_code, point_of_code
 from moeq_plugin.core.parts import row_parts
 
 Cost = Callable[[torch.Tensor], torch.Tensor]
@@ -92,8 +92,7 @@ def search_scales(
 def _search_rows(
     weight: torch.Tensor, grid: Grid, shares: Sequence[float], cost: Cost, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_groups = int(grid.group_of_column(weight.shape[-1])[-1]) + 1
-    groups = weight.unflatten(-1, (num_groups, -1))  # [experts, out, groups, columns of a group]
+    groups = in_groups(weight, grid)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     groups = groups.float()
     best = grid_of_range(low, high, grid)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from moeq_plugin.core.parts import row_parts
 from moeq_plugin.core.sampling import draw
 
 _AT_ONCE = 2**24  # logits
@@ -52,7 +53,5 @@ class _Surprise(torch.autograd.Function):
 
 def _log_probs(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield some rows at a time, and in float32 the logarithms of their probabilities."""
-    at_once = max(1, _AT_ONCE // logits.shape[1])
-    for first in range(0, len(logits), at_once):
-        rows = slice(first, first + at_once)
+    for rows in row_parts(logits[None], _AT_ONCE):
         yield rows, logits[rows].float().log_softmax(-1)
