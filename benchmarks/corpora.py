@@ -35,6 +35,11 @@ class Corpus:
     calibration: list[str]
     heldout: list[str]
 
+    @property
+    def is_dense(self) -> bool:
+        """Tell Gemma from the Mixture-of-Experts models."""
+        return self.model.name.startswith("gemma")
+
     def calibration_set(self, num_sequences: int, length: int, seed: int) -> Dataset:
         """Return random windows of the calibration documents as ``input_ids``."""
         ids = _windows(self.model, self.calibration, num_sequences, length, seed)

@@ -67,11 +67,7 @@ def main() -> None:
 
 
 def kinds(corpus: Corpus) -> list[Corpus]:
-    return kinds_of_text(corpus.model, KINDS_OF_GEMMA if is_dense(corpus) else KINDS)
-
-
-def is_dense(corpus: Corpus) -> bool:
-    return corpus.name.startswith("gemma")
+    return kinds_of_text(corpus.model, KINDS_OF_GEMMA if corpus.is_dense else KINDS)
 
 
 def sets(corpus: Corpus, seed: int) -> Iterator[tuple[str, Set]]:
@@ -81,7 +77,7 @@ def sets(corpus: Corpus, seed: int) -> Iterator[tuple[str, Set]]:
     yield "continued", partial(sampled, corpus, seed, prompt=PROMPT)
     for kind in kinds(corpus):
         yield kind.name, lambda _, kind=kind: kind.calibration_set(SEQUENCES, LENGTH, seed)
-    if not is_dense(corpus):
+    if not corpus.is_dense:
         tokenizer = AutoTokenizer.from_pretrained(corpus.model)
         balanced = {"tau": 0.3, "num_sequences": SEQUENCES, "seq_len": LENGTH, "seed": seed}
         for name, settings in (("EBSS", {}), ("EBSS, no 4-gram twice", {"no_repeat_ngram": 4})):
@@ -104,7 +100,7 @@ def sampled(corpus: Corpus, seed: int, model: PreTrainedModel, *, prompt: int) -
     torch.manual_seed(seed)
     if prompt:
         starts = torch.tensor(mixture(corpus, seed)["input_ids"])[:, :prompt]
-    elif is_dense(corpus):
+    elif corpus.is_dense:
         starts = torch.full((SEQUENCES, 1), model.config.bos_token_id)
     else:
         starts = torch.randint(2, model.config.vocab_size, (SEQUENCES, 1))
@@ -145,7 +141,7 @@ def run(corpus: Corpus, make: Set) -> dict[str, object]:
     )
     kl = {}
     for kind in kinds(corpus):
-        rows = torch.cat(kind.heldout_batches(HELDOUT, LENGTH)).split(1 if is_dense(corpus) else 8)
+        rows = torch.cat(kind.heldout_batches(HELDOUT, LENGTH)).split(1 if corpus.is_dense else 8)
         kl[kind.name] = evaluate(model, reference, rows).kl
     return {**about, "kl": kl, "mean": statistics.mean(kl.values()), "worst": max(kl.values())}
 

@@ -110,13 +110,12 @@ def main() -> None:
 
 def cases(models: list[str] | None, names: list[str]) -> Iterator[tuple[int, Corpus, str, str]]:
     """Yield seeds, models, contenders and grids, in the order in which they are wanted."""
-    dense = dense_corpora()
-    found = [of for of in [*corpora(), *dense] if not models or of.name in models]
+    found = [of for of in [*corpora(), *dense_corpora()] if not models or of.name in models]
     for seed, corpus in itertools.product(range(3), found):
         for name in names:
             contender = CONTENDERS[name]
             for grid, about in contender.grids.items():
-                says_nothing = corpus in dense and about.num_bits == 4
+                says_nothing = corpus.is_dense and about.num_bits == 4
                 if seed < contender.num_seeds and not says_nothing:
                     yield seed, corpus, name, grid
 
@@ -154,7 +153,7 @@ def run(corpus: Corpus, grid: Grid, seed: int, contender: Contender) -> dict[str
         changed = put_in(model, weights, others, grid)
     except RefusedError as refusal:
         return {"error": f"refused: {refusal}", **about}
-    num_heldout = HELDOUT_OF_GEMMA if corpus.name.startswith("gemma") else HELDOUT
+    num_heldout = HELDOUT_OF_GEMMA if corpus.is_dense else HELDOUT
     rows = corpus.heldout_batches(num_heldout, LENGTH)
     result = evaluate(model, load_reference(corpus.model), rows)
     return {
