@@ -24,7 +24,7 @@ from one_run import HELDOUT, LENGTH, one_run
 RESULT = Path(__file__).parent / "results" / "few_tokens.json"
 GRIDS = ("W3 g128", "W2 g64")
 SEQUENCES = (4, 16, 64, 256)
-PRIORS = (0.0, 0.5)
+PRIORS = (0.0, 0.8)
 
 
 def main() -> None:

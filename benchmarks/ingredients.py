@@ -25,7 +25,7 @@ RESULT = Path(__file__).parent / "results" / "ingredients.json"
 SEQUENCES = 64
 
 NARROW, SIGNED = {"scale_search": "narrow"}, {"signed_scales": True}
-MODERATE, PRIOR = {"scale_search": "moderate"}, {"prior_tokens": 0.5}
+MODERATE, PRIOR = {"scale_search": "moderate"}, {"prior_tokens": 0.8}
 ROUNDS, DAMPED = {"refine_rounds": 2}, {"dampening_frac": 0.05}
 ROWS = {"row_feedback": True}
 CORRECTED = {"corrected_target": True}

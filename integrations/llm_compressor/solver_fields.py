@@ -24,7 +24,7 @@ _BALANCED: Mapping[str, Any] = {
     "scale_search": ScaleSearch.MODERATE,
     "signed_scales": True,
     "refine_rounds": 2,
-    "prior_tokens": 0.5,
+    "prior_tokens": 0.8,
 }
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.FAST: {},
@@ -38,7 +38,7 @@ class SolverFields(FrozenFields):
 
     Args:
         preset: fills in fields that are not given: ``balanced`` means ``scale_search="moderate"``,
-            ``signed_scales=True``, ``refine_rounds=2`` and ``prior_tokens=0.5``; ``best`` the same
+            ``signed_scales=True``, ``refine_rounds=2`` and ``prior_tokens=0.8``; ``best`` the same
             with ``row_feedback=True``; ``fast`` means the defaults of the fields.
         scale_search: ``given`` takes the scales of the weight observer; ``narrow`` searches them
             within 20 % of the range, ``moderate`` within 40 %, ``conditional`` and ``group`` in a
@@ -48,10 +48,11 @@ class SolverFields(FrozenFields):
             code without a counterpart on the side that needs it. Which readers were seen to take
             such scales is in ``docs/solver.md``.
         refine_rounds: after GPTQ, how often to refit scales to codes and improve codes one by one.
-        prior_tokens: take each linear to have seen, beside its own tokens, this many times its
-            number of input features of white noise, where that is more than ``dampening_frac``:
-            with ``n`` tokens ``prior_tokens * features / n`` of the mean diagonal is added. That
-            counts for experts that the router seldom picks.
+        prior_tokens: take linears that have seen few tokens to have seen white noise beside them,
+            where that is more than ``dampening_frac``: with ``n`` tokens the share
+            ``prior_tokens * (features / n - 1 / 10)`` of the mean diagonal is added, and nothing to
+            one that has seen ten for each input feature. That counts for experts that the router
+            seldom picks.
         row_feedback: let the rows of a weight make up for each other, as far as their outputs
             change the same predictions. Takes one backward pass through the whole model, over at
             most 16384 tokens of the calibration data.

@@ -27,8 +27,9 @@ class SolverOptions:
         rounds: of refitting scales and descending along codes after GPTQ; scales are refitted
             once more at the end.
         dampening_frac: fraction of the mean diagonal that is added to the diagonal.
-        prior_tokens: in units of input features, how many tokens of white noise each linear is
-            taken to have seen beside its own, where that is more than ``dampening_frac``.
+        prior_tokens: in units of input features, how many tokens of white noise a linear that has
+            seen next to nothing is taken to have seen beside its own, where that is more than
+            ``dampening_frac``; one that has seen ten for each feature needs none.
         block_size: see :func:`moeq_plugin.core.gptq.solve`.
     """
 

@@ -1,7 +1,7 @@
 """Second moments that no expert starves on: too few tokens of its own borrow from the layer.
 
 A prior of white noise (``SolverOptions.prior_tokens``) weighs much against few tokens, and against
-many nothing at all.
+ten for each input feature, or more, nothing at all.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moeq_plugin.integrations.llm_compressor.schemes import unquantized
 from moeq_plugin.records.run import Basis
 
 _PLAIN = SolverOptions()
+_ENOUGH = 10  # tokens for each input feature: second moments of more are taken as they are
 
 
 def guard(
@@ -69,8 +70,9 @@ def guard(
 
 def _with_prior(hessian: torch.Tensor, solver: SolverOptions, tokens: float) -> torch.Tensor:
     """Return second moments with what the prior asks for beyond the damping that is to come."""
-    prior = solver.prior_tokens * len(hessian) / tokens if tokens else 0.0
-    return with_white_noise(hessian, max(0.0, prior - solver.dampening_frac))
+    missing = len(hessian) / tokens - 1 / _ENOUGH if tokens else 0.0
+    noise = solver.prior_tokens * missing - solver.dampening_frac
+    return with_white_noise(hessian, max(0.0, noise))
 
 
 @torch.no_grad()

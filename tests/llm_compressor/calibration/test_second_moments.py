@@ -215,7 +215,7 @@ def test_batch_size_changes_nothing(tmp_path):
             torch.testing.assert_close(other.hessian, moments.hessian, rtol=1e-4, atol=1e-4)
 
 
-PRIOR = 0.5
+PRIOR = 0.8
 
 
 class Guarded(Spy):
@@ -233,7 +233,7 @@ class Guarded(Spy):
 def test_a_prior_is_white_noise_beside_the_tokens_that_an_expert_has_or_borrows(tmp_path):
     """In float64; the layer's sample is all of its tokens here, for they are few."""
     modifier = Guarded(
-        config_groups=int4(16), prior_tokens=PRIOR, min_effective_tokens=40, dampening_frac=0.3
+        config_groups=int4(16), prior_tokens=PRIOR, min_effective_tokens=40, dampening_frac=0.5
     )
     oneshot(tiny_model("qwen3_moe", tmp_path), modifier, dataset(4, 24))
 
@@ -252,7 +252,7 @@ def test_a_prior_is_white_noise_beside_the_tokens_that_an_expert_has_or_borrows(
                 rows = inputs_of(name, module, torch.cat([c[0].flatten(0, -2) for c in calls]))
             of_layer = 2 * rows.double().T @ rows.double() / len(rows)
             expected, rests_on = (n * expected + (40 - n) * of_layer) / 40, 40
-        noise = max(0.0, PRIOR * num_inputs / rests_on - 0.3)
+        noise = max(0.0, PRIOR * (num_inputs / rests_on - 0.1) - 0.5)
         noises.add(noise > 0)
         expected = expected + noise * expected.trace() / num_inputs * torch.eye(num_inputs)
         assert (made.double() - expected).norm() < 1e-5 * expected.norm(), name
