@@ -5,7 +5,8 @@
 Writes ``benchmarks/results/domains.json`` after every run and goes on where it was stopped. All
 sets of a model have the same number of tokens; the solver is the preset ``balanced`` at W3 g128.
 "continued" gives the model the first 32 tokens of every sequence of "mixture" and lets it write
-the rest, "sampled" only the token that starts a text, or where there is none a random one.
+the rest, "sampled" only the token that starts a text, or where there is none a random one; "evened"
+keeps of four times as many sampled sequences those that the least loaded experts see most of.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core.sampling import EBSSConfig
 from moeq_plugin.integrations.llm_compressor.self_sampling.dataset import ebss_dataset
 from moeq_plugin.models.evaluation import evaluate
+from moeq_plugin.models.moe import find_moe_layers
+from moeq_plugin.models.routing import RoutingRecorder
 
 RESULT = Path(__file__).parent / "results" / "domains.json"
 SEQUENCES, LENGTH, PROMPT, HELDOUT = 64, 256, 32, 16
@@ -78,6 +81,7 @@ def sets(corpus: Corpus, seed: int) -> Iterator[tuple[str, Set]]:
     for kind in kinds(corpus):
         yield kind.name, lambda _, kind=kind: kind.calibration_set(SEQUENCES, LENGTH, seed)
     if not corpus.is_dense:
+        yield "evened", partial(evened, corpus, seed)
         tokenizer = AutoTokenizer.from_pretrained(corpus.model)
         balanced = {"tau": 0.3, "num_sequences": SEQUENCES, "seq_len": LENGTH, "seed": seed}
         for name, settings in (("EBSS", {}), ("EBSS, no 4-gram twice", {"no_repeat_ngram": 4})):
@@ -95,15 +99,17 @@ def mixture(corpus: Corpus, seed: int) -> Dataset:
 
 
 @torch.no_grad()
-def sampled(corpus: Corpus, seed: int, model: PreTrainedModel, *, prompt: int) -> Dataset:
+def sampled(
+    corpus: Corpus, seed: int, model: PreTrainedModel, *, prompt: int, number: int = SEQUENCES
+) -> Dataset:
     """Return what the model writes at temperature 1 after ``prompt`` tokens of text."""
     torch.manual_seed(seed)
     if prompt:
         starts = torch.tensor(mixture(corpus, seed)["input_ids"])[:, :prompt]
     elif corpus.is_dense:
-        starts = torch.full((SEQUENCES, 1), model.config.bos_token_id)
+        starts = torch.full((number, 1), model.config.bos_token_id)
     else:
-        starts = torch.randint(2, model.config.vocab_size, (SEQUENCES, 1))
+        starts = torch.randint(2, model.config.vocab_size, (number, 1))
     ids = [
         model.generate(
             rows,
@@ -118,6 +124,26 @@ def sampled(corpus: Corpus, seed: int, model: PreTrainedModel, *, prompt: int) -
         for rows in starts.split(16)
     ]
     return Dataset.from_dict({"input_ids": torch.cat(ids).tolist()})
+
+
+@torch.no_grad()
+def evened(corpus: Corpus, seed: int, model: PreTrainedModel) -> Dataset:
+    """Return sampled sequences, chosen one by one so that the sum of log loads grows fastest."""
+    written = sampled(corpus, seed, model, prompt=0, number=4 * SEQUENCES)
+    loads = []
+    with RoutingRecorder(find_moe_layers(model)) as recorder:
+        for rows in torch.tensor(written["input_ids"]).split(8):
+            model(rows)
+            loads.append(recorder.take_load(len(rows)))
+    load = torch.cat(loads).flatten(1).float()
+    chosen: list[int] = []
+    total = torch.ones(load.shape[1])
+    for _ in range(SEQUENCES):
+        gains = (total + load).log().sum(1)
+        gains[chosen] = -torch.inf
+        chosen.append(int(gains.argmax()))
+        total += load[chosen[-1]]
+    return written.select(chosen)
 
 
 def run(corpus: Corpus, make: Set) -> dict[str, object]:
