@@ -21,7 +21,7 @@ from moeq_plugin.core.gptq import Solution, check_shapes, round_columns
 from moeq_plugin.core.grid import Grid, quantize
 from moeq_plugin.core.rounded import Rounded
 from moeq_plugin.core.row_descent import descend_rows
-from moeq_plugin.core.row_feedback import factorize_rows, round_rows
+from moeq_plugin.core.row_feedback import factorize_rows, round_rows, rows_at_once
 from moeq_plugin.core.scale_refit import refit_scales
 from moeq_plugin.core.scale_search import (
     MODERATE,
@@ -122,14 +122,30 @@ def _solve_rows(
 ) -> Refined:
     """Round, refit and descend so that ``trace(G @ D @ H @ D.T)`` stays small."""
     rows = factorize_rows(output_moments)
+    row_block = rows_at_once(weight.shape[1])
     points = round_rows(
-        weight, columns, rows, scale, zero_point, grid, block_size=options.block_size
+        weight,
+        columns,
+        rows,
+        scale,
+        zero_point,
+        grid,
+        block_size=options.block_size,
+        row_block=row_block,
     )
     hessian, outputs = columns.damped(hessians), rows.damped(output_moments)
     codes = quantize(points, scale, zero_point, grid)
     for _ in range(options.rounds):
         codes, scale = descend_rows(
-            weight, codes, scale, zero_point, hessian, outputs, columns.order, grid
+            weight,
+            codes,
+            scale,
+            zero_point,
+            hessian,
+            outputs,
+            columns.order,
+            grid,
+            row_block=row_block,
         )
     rounded = Rounded.of(weight, codes, scale, zero_point, hessian, grid)
     return _refined(weight, rounded, grid, columns.is_nearest)

@@ -11,7 +11,6 @@ import torch
 from moeq_plugin.core.code_descent import descend_codes
 from moeq_plugin.core.grid import Grid, dequantize
 from moeq_plugin.core.rounded import Rounded
-from moeq_plugin.core.row_feedback import ROW_BLOCK
 from moeq_plugin.core.scale_refit import refit_scales
 
 
@@ -25,7 +24,7 @@ def descend_rows(
     order: torch.Tensor,
     grid: Grid,
     *,
-    row_block: int = ROW_BLOCK,
+    row_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales after each row has been refitted and descended once, in blocks.
 
@@ -41,7 +40,8 @@ def descend_rows(
         output_moments: ``[experts, out, out]`` float, positive definite.
         order: ``[experts, in]``, columns in turn, from the end as the solver takes them.
         grid: the grid's description.
-        row_block: how many rows move together.
+        row_block: how many rows move together, see
+            :func:`moeq_plugin.core.row_feedback.rows_at_once`.
 
     Returns:
         ``[experts, out, in]`` int8 and ``[experts, out, groups]`` in the dtype of ``scale``.

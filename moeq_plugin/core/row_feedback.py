@@ -17,7 +17,7 @@ from moeq_plugin.core.factorization import Factorization, factorize
 from moeq_plugin.core.gptq import round_columns
 from moeq_plugin.core.grid import Grid
 
-ROW_BLOCK = 16  # rows that are rounded together and do not make up for each other
+_LEAST_ROWS, _MOST_BLOCKS = 16, 32
 _DAMPENING_FRAC = 0.05
 
 
@@ -31,6 +31,19 @@ def factorize_rows(output_moments: Sequence[torch.Tensor]) -> Factorization:
     return factorize(output_moments, dampening_frac=_DAMPENING_FRAC, actorder=True)
 
 
+def rows_at_once(num_rows: int) -> int:
+    """Return how many rows are rounded together, which do not make up for each other.
+
+    The wider the weight, the more: each block goes through all columns one by one, so that blocks
+    of a fixed size would take time in proportion to rows times columns, however fast the device.
+
+    Example:
+        >>> rows_at_once(512), rows_at_once(14336)
+        (16, 448)
+    """
+    return max(_LEAST_ROWS, -(-num_rows // _MOST_BLOCKS))
+
+
 def round_rows(
     weight: torch.Tensor,
     columns: Factorization,
@@ -40,7 +53,7 @@ def round_rows(
     grid: Grid,
     *,
     block_size: int = 128,
-    row_block: int = ROW_BLOCK,
+    row_block: int,
 ) -> torch.Tensor:
     """Round blocks of rows along a factorization of inputs and one of outputs.
 
@@ -55,7 +68,7 @@ def round_rows(
         zero_point: ``[experts, out, groups]``.
         grid: the grid's description.
         block_size: see :func:`moeq_plugin.core.gptq.solve`.
-        row_block: how many rows are rounded together.
+        row_block: how many rows are rounded together, see :func:`rows_at_once`.
 
     Returns:
         ``[experts, out, in]`` weights on their grids, in the scale's dtype.

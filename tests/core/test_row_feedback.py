@@ -12,9 +12,10 @@ def columns_of(hessian):
     return factorize(hessian.clone(), dampening_frac=0.01, actorder=True)
 
 
-def rounded(weight, hessian, outputs, grid, **more):
+def rounded(weight, hessian, outputs, grid, row_block=16):
     rows = factorize_rows(outputs.clone())
-    return round_rows(weight, columns_of(hessian), rows, *choose_grid(weight, grid), grid, **more)
+    columns, (scale, zero_point) = columns_of(hessian), choose_grid(weight, grid)
+    return round_rows(weight, columns, rows, scale, zero_point, grid, row_block=row_block)
 
 
 def best_rest(weight, known, done, hessian, outputs):
