@@ -18,7 +18,7 @@ from moeq_plugin.core.gptq import round_columns
 from moeq_plugin.core.grid import Grid
 
 _LEAST_ROWS, _MOST_BLOCKS = 16, 32
-_DAMPENING_FRAC = 0.05
+_DAMPENING_FRAC = 1.0  # less pays to second order, and not where much is lost
 
 
 def factorize_rows(output_moments: Sequence[torch.Tensor]) -> Factorization:

@@ -37,7 +37,7 @@ def brute_force(weight, hessian, outputs, grid, row_block):
     result = torch.empty_like(weight)
     for e in range(len(weight)):
         damped = outputs[e].double()
-        damped = damped + 0.05 * damped.diagonal().mean() * torch.eye(len(damped))
+        damped = damped + damped.diagonal().mean() * torch.eye(len(damped))
         order = outputs[e].diagonal().argsort(descending=True).tolist()
         target, done = weight[e].double(), []
         columns = columns_of(hessian[[e]])

@@ -1,4 +1,9 @@
-"""Gradients at the outputs of linears while a layer runs backward, and their second moments."""
+"""Gradients at the outputs of linears while a layer runs backward, and their second moments.
+
+Every token counts the same, however large its gradient. A first token that all others attend to has
+gradients at its keys, its values and its down projection that are thousands of times as large as
+others have, and rows would make up for each other as it alone needs it: its input is one of many.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from moeq_plugin.integrations.llm_compressor.calibration.shared_inputs import SharedInputs
+
+_NO_GRADIENT = 1e-18  # the square of less is no normal float32
 
 
 class GradientMoments:
@@ -19,8 +27,8 @@ class GradientMoments:
         linears: to listen to, by name.
 
     Attributes:
-        moments: ``[out, out]`` float32, ``sum_t g_t g_t^T`` over the outputs of each group of
-            siblings that share an input, one after the other.
+        moments: ``[out, out]`` float32, ``sum_t g_t g_t^T / |g_t|^2`` over the outputs of each
+            group of siblings that share an input, one after the other.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -54,6 +62,7 @@ class GradientMoments:
                 ],
                 dim=1,
             )
+            together = normalize(together, eps=_NO_GRADIENT)
             size = together.shape[1]
             moments = self.moments.setdefault(tuple(members), together.new_zeros(size, size))
             moments.addmm_(together.T, together)
