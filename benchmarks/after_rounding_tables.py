@@ -1,4 +1,4 @@
-"""What may be done after rounding: ``router_refit.json`` and ``block_reconstruction.json``."""
+"""What may be done beside rounding and after it, from three of ``benchmarks/results``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def block_reconstruction() -> str:
     for case, found in _by(runs, "model", "iterations", "grid").items():
         times = statistics.median(run["learning_cpu_s"] / run["cpu_s"] for run in found)
         lines.append(_line(*case, *_changed(found), f"{times:.0f}x", len(found)))
+    return "\n".join(lines) + "\n"
+
+
+def gradient_damping() -> str:
+    """Return the change of KL against ``balanced``, by damping and model."""
+    runs = json.loads((RESULTS / "gradient_damping.json").read_text())["runs"]
+    kl = {(run["model"], run["damping"]): run["kl"] for run in runs}
+    dampings = [damping for damping in dict.fromkeys(run["damping"] for run in runs) if damping]
+    lines = ["| model | KL of `balanced` | " + " | ".join(map(str, dampings)) + " |"]
+    lines += ["|---" * (len(dampings) + 2) + "|"]
+    for model in dict.fromkeys(run["model"] for run in runs):
+        base = kl[model, None]
+        changes = [f"{100 * (kl[model, damping] / base - 1):+.1f} %" for damping in dampings]
+        lines.append(_line(model, f"{base:.4f}", *changes))
     return "\n".join(lines) + "\n"
 
 

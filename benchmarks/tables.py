@@ -17,7 +17,7 @@ from pathlib import Path
 
 import rwkv_tables
 from ablation_tables import ablation, effects
-from after_rounding_tables import block_reconstruction, router_refit
+from after_rounding_tables import block_reconstruction, gradient_damping, router_refit
 from domain_tables import calibration_sets
 from headline_figure import headline_figure
 from ingredient_tables import ingredients
@@ -63,6 +63,7 @@ def main() -> None:
         "docs/solver.md": {
             "ingredients": ingredients,
             "few tokens": few_tokens,
+            "gradients": gradient_damping,
             "routers": router_refit,
             "blocks": block_reconstruction,
         },
