@@ -21,16 +21,13 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 import torch
 from corpora import Corpus, corpora, dense_corpora
-from llmcompressor import oneshot
-from one_run import LENGTH, load
+from one_run import LENGTH, load, quantized
 
-from moeq_plugin import MoEQuantModifier
 from moeq_plugin.core import row_feedback
 from moeq_plugin.models.evaluation import evaluate
 
 RESULT = Path(__file__).parent / "results" / "gradient_damping.json"
 DAMPING = (None, 0.05, 0.5, 1.0, 2.0)
-WEIGHTS = {"num_bits": 3, "strategy": "group", "group_size": 128}
 SIX_LAYERS = r"re:.*layers\.[0-5]\..*proj"
 
 
@@ -53,24 +50,13 @@ def main() -> None:
 
 def run(corpus: Corpus, damping: float | None) -> float:
     """Return the held-out KL divergence to the 16-bit model."""
-    model = load(corpus)
-    target, sequences, heldout = ("Linear", 64, 96)
+    target, sequences, heldout, batch_size = ("Linear", 64, 96, 8)
     if corpus.is_dense:
-        target, sequences, heldout = (SIX_LAYERS, 16, 8)
-    modifier = MoEQuantModifier(
-        config_groups={"group_0": {"targets": [target], "weights": WEIGHTS}},
-        ignore=["lm_head"],
-        preset="balanced" if damping is None else "best",
-    )
+        target, sequences, heldout, batch_size = (SIX_LAYERS, 16, 8, 4)
+    fields = {"preset": "balanced" if damping is None else "best"}
     with patch.object(row_feedback, "_DAMPENING_FRAC", damping):
-        oneshot(
-            model=model,
-            recipe=modifier,
-            dataset=corpus.calibration_set(sequences, LENGTH, 0),
-            num_calibration_samples=sequences,
-            max_seq_length=LENGTH,
-            shuffle_calibration_samples=False,
-            batch_size=4 if corpus.is_dense else 8,
+        model, _ = quantized(
+            corpus, "W3 g128", 0, sequences, fields, target=target, batch_size=batch_size
         )
     rows = torch.cat(corpus.heldout_batches(heldout, LENGTH)).split(2 if corpus.is_dense else 8)
     return evaluate(model, load(corpus), rows).kl

@@ -30,13 +30,20 @@ def one_run(
 
 
 def quantized(
-    corpus: Corpus, grid: str, seed: int, num_sequences: int, fields: Mapping[str, object]
+    corpus: Corpus,
+    grid: str,
+    seed: int,
+    num_sequences: int,
+    fields: Mapping[str, object],
+    *,
+    target: str = "Linear",
+    batch_size: int = 8,
 ) -> tuple[PreTrainedModel, float]:
     """Return the model with rounded weights, and the CPU seconds of the ``oneshot`` call."""
     model = load(corpus)
     num_bits, group_size = GRIDS[grid]
     weights = {"num_bits": num_bits, "strategy": "group", "group_size": group_size}
-    group = {"targets": ["Linear"], "weights": weights}
+    group = {"targets": [target], "weights": weights}
     dataset = corpus.calibration_set(num_sequences, LENGTH, seed)
     began = time.process_time()
     oneshot(
@@ -46,7 +53,7 @@ def quantized(
         num_calibration_samples=num_sequences,
         max_seq_length=LENGTH,
         shuffle_calibration_samples=False,
-        batch_size=8,
+        batch_size=batch_size,
     )
     return model, time.process_time() - began
 
